@@ -1,0 +1,5 @@
+"""python -m coeft.cli"""
+
+from .main import entry
+
+entry()
