@@ -1,0 +1,252 @@
+"""The portable adapter: a folder of safetensors and JSON, laid out so that stock peft loads its LoRA part.
+
+Nothing here runs code from a file. The layout and its promises stand in docs/adapter-format.md.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coeft.adapt import Stack
+from coeft.backbones._backbone import Backbone
+from coeft.config import method_settings
+from coeft.errors import UserError
+from coeft.run import read_json, versions, write_json, write_text
+
+FORMAT = 1
+STOCK = ("LORA",)  # peft_type that stock peft loads; it goes to the top of the folder
+SAMPLE = 32  # values of each tensor that the fingerprint reads
+
+
+def fingerprint(model: nn.Module, head: str) -> dict[str, Any]:
+    """Names and shapes of a base model's parameters, and a hash over a fixed sample of their values as bf16.
+
+    Leaves out the head, position embeddings (they follow the image size) and integer (quantised) weights.
+    """
+    shapes, digest = {}, hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name.startswith(f"{head}.") or "pos_embed" in name or not parameter.is_floating_point():
+            continue
+        shapes[name] = list(parameter.shape)
+        flat = parameter.detach().flatten()
+        if flat.numel():
+            at = torch.linspace(0, flat.numel() - 1, min(SAMPLE, flat.numel()), dtype=torch.float64).long()
+            digest.update(flat[at.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return {"parameters": shapes, "sample_sha256": digest.hexdigest()}
+
+
+def check_base(expected: Mapping[str, Any], actual: Mapping[str, Any], where: str) -> None:
+    """Refuse a base model that is not the one an adapter was made for.
+
+    Raises:
+        UserError: names the parameters that are missing, unexpected or of another shape, or says that values differ.
+    """
+    want, have = expected["parameters"], actual["parameters"]
+    wrong = [f"the model lacks {name}" for name in want if name not in have]
+    wrong += [f"the model has {name} besides" for name in have if name not in want]
+    wrong += [f"{name} is {have[name]}, not {shape}" for name, shape in want.items() if have.get(name, shape) != shape]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise UserError(f"{where} was made for another base model: {'; '.join(wrong[:4])}{more}")
+    if expected["sample_sha256"] != actual["sample_sha256"]:
+        raise UserError(
+            f"{where} was made for a base model with the same shapes but other weights: load those it was trained on "
+            "(coeft.json names them), or pass check=False if you know better"
+        )
+
+
+def save_adapter(
+    path: Path,
+    backbone: Backbone,
+    stack: Stack,
+    *,
+    base: Mapping[str, Any],
+    class_names: list[str],
+    card: str,
+) -> None:
+    """Write the adapter of an attached stack to `path`; the folder appears only when it is complete.
+
+    Args:
+        base: fingerprint(model) from before the stack was attached.
+        card: the text of README.md.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        parts = {attachment.method: attachment.pack() for attachment in stack.attachments}
+        stock = [method for method, (config, _) in parts.items() if config["peft_type"] in STOCK][:1]
+        others = [method for method in parts if method not in stock]
+        for method, (config, tensors) in parts.items():
+            folder = part if method in stock else part / method
+            folder.mkdir(exist_ok=True)
+            if method in stock and others:
+                config = {**config, "other_parts_need_coeft": others}
+            write_json(folder / "adapter_config.json", dict(sorted(config.items())))
+            save_file(_plain(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        head = {name: parameter.detach() for name, parameter in backbone.head_parameters().items()}
+        names = json.dumps(class_names, ensure_ascii=False)
+        save_file(_plain(head), part / "head.safetensors", metadata={"format": "pt", "class_names": names})
+        write_json(
+            part / "coeft.json",
+            {
+                "format": FORMAT,
+                "stack": [asdict(settings) for settings in stack.methods.values()],
+                "base_model": {
+                    "kind": backbone.kind,
+                    "name": backbone.name,
+                    "preprocessing": asdict(backbone.preprocessing),
+                    **base,
+                },
+                "versions": versions(),
+            },
+        )
+        write_text(part / "README.md", card)
+        if path.exists():
+            shutil.rmtree(path)
+        part.chmod(0o755)
+        part.replace(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached, contiguous copies on the CPU, as safetensors wants them."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """coeft.json of an adapter, checked for what the rest relies on.
+
+    Raises:
+        UserError: there is no adapter, or it is not one this version reads.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such adapter folder")
+    if not (path / "coeft.json").is_file():
+        hint = "; it is a run directory: take its adapter/ or a fold's" if (path / "config.yaml").exists() else ""
+        raise UserError(f"{path} is not an adapter of coeft: it has no coeft.json{hint}")
+    manifest = read_json(path / "coeft.json")
+    where = f"{path}/coeft.json"
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise UserError(f"{where}: 'format' must be {FORMAT}")
+    if manifest["format"] > FORMAT:
+        raise UserError(f"{where}: format {manifest['format']} is newer than this coeft reads ({FORMAT}); upgrade coeft")
+    base = manifest.get("base_model")
+    if not isinstance(manifest.get("stack"), list) or not isinstance(base, dict):
+        raise UserError(f"{where}: 'stack' must be a list and 'base_model' a mapping")
+    shapes = base.get("parameters")
+    if not isinstance(base.get("sample_sha256"), str) or not isinstance(shapes, dict):
+        raise UserError(f"{where}: 'base_model' must hold 'parameters' and 'sample_sha256'")
+    return manifest
+
+
+def read_stack(manifest: Mapping[str, Any], where: str) -> Stack:
+    """The stack that a manifest describes, every setting checked."""
+    methods = {}
+    for settings in manifest["stack"]:
+        if not isinstance(settings, dict) or not isinstance(settings.get("kind"), str):
+            raise UserError(f"{where}: every member of 'stack' must be a mapping with a 'kind'")
+        methods[settings["kind"]] = method_settings(settings, where)
+    return Stack(methods)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def read_class_names(path: Path) -> list[str]:
+    """The class names of an adapter's head, in the order of its logits."""
+    _, metadata = read_tensors(path / "head.safetensors")
+    try:
+        names = json.loads(metadata["class_names"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}/head.safetensors: its metadata must hold class_names as JSON") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}/head.safetensors: class_names must be a list of texts")
+    return names
+
+
+def fill(path: Path, backbone: Backbone, stack: Stack) -> None:
+    """Load the weights of an adapter into a model that its stack is attached to, and into its head.
+
+    Raises:
+        UserError: a file is missing or damaged, or a tensor is missing, unexpected or of another shape.
+    """
+    for attachment in stack.attachments:
+        nested = path / attachment.method
+        folder = nested if nested.is_dir() else path
+        config = read_json(folder / "adapter_config.json")
+        if not isinstance(config, dict):
+            raise UserError(f"{folder}/adapter_config.json must be a mapping")
+        tensors, _ = read_tensors(folder / "adapter_model.safetensors")
+        try:
+            attachment.unpack(config, tensors)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+    tensors, _ = read_tensors(path / "head.safetensors")
+    parameters = backbone.head_parameters()
+    wrong = [f"lacks {name}" for name in parameters if name not in tensors]
+    wrong += [f"has {name} besides" for name in tensors if name not in parameters]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in tensors and tensors[name].shape != parameter.shape
+    ]
+    if wrong:
+        raise UserError(f"{path}/head.safetensors: {'; '.join(wrong)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Module:
+    """Restore an adapter on its base model, in place: every method of the stack, and the head.
+
+    Args:
+        model: the pre-trained model the adapter was trained on, as timm builds it. Its head may have any number of
+            classes; it is replaced by the adapter's.
+        path: an adapter folder, as `coeft export adapter` writes it.
+        check: refuse a base model whose names, shapes or weights differ from those it was trained on.
+
+    Returns:
+        The same model, in evaluation mode.
+
+    Raises:
+        UserError: the folder is no adapter, is damaged, or does not fit the model.
+    """
+    from coeft.backbones._timm import describe
+
+    path = Path(path).expanduser()
+    manifest = read_manifest(path)
+    stack = read_stack(manifest, f"{path}/coeft.json")
+    num_classes = len(read_class_names(path))
+    backbone = describe(model)
+    if check:
+        check_base(manifest["base_model"], fingerprint(model, backbone.head), str(path))
+    model.reset_classifier(num_classes)  # type: ignore[operator]
+    stack.attach(backbone, seed=0)
+    fill(path, backbone, stack)
+    return model.eval()

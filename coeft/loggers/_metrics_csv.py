@@ -1,0 +1,70 @@
+"""RUN/metrics.csv: one row per optimizer step and one per epoch, over all folds."""
+
+import csv
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+COLUMNS = ("fold", "epoch", "step", "train/loss", "lr", "val/loss")
+
+
+class MetricsCSV(Logger):
+    """Appends rows to a CSV whose columns are known beforehand, so that a crash loses at most the last row."""
+
+    def __init__(self, path: Path, *, fold: int, metrics: list[str]) -> None:
+        super().__init__()
+        self.path, self.fold = path, fold
+        self.columns = [*COLUMNS, *(f"val/{name}" for name in metrics), "seconds"]
+        self.started = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The settings stand in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {name: value for name, value in metrics.items() if name in self.columns}
+        if not row.keys() - {"epoch"}:
+            return
+        row |= {"fold": self.fold, "step": step, "seconds": round(time.monotonic() - self.started, 3)}
+        if "epoch" in row:
+            row["epoch"] = int(row["epoch"])
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def cut(path: Path, *, fold: int, first_epoch: int) -> None:
+    """Drop the rows of a fold from an epoch on, and of later folds: what a resumed run will write again."""
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        kept = [
+            row
+            for row in reader
+            if (row["fold"] and int(row["fold"]) < fold)
+            or (row["fold"] and int(row["fold"]) == fold and row["epoch"] and int(row["epoch"]) < first_epoch)
+        ]
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(kept)
+    part.replace(path)

@@ -1,0 +1,191 @@
+"""The run directory: made exclusively, written atomically, opened only when it is complete."""
+
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from coeft.config import TrainConfig, load_config, to_yaml
+from coeft.errors import UserError
+
+PACKAGES = (
+    "coeft", "torch", "torchvision", "timm", "transformers", "peft", "lightning", "torchmetrics", "datasets",
+    "hydra-core", "safetensors", "numpy", "scikit-learn", "pillow",
+)  # fmt: skip
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either absent, the old one or complete."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that the file is either absent, the old one or complete."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+
+
+def create_run_dir(cfg: TrainConfig) -> Path:
+    """Make the run's folder, exclusively: cfg.run_dir, or runs/RECIPE/TIME.
+
+    Raises:
+        UserError: the folder holds a run or other files.
+    """
+    if cfg.run_dir is None:
+        parent = Path("runs") / (cfg.recipe or "train")
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        for name in (stamp, *(f"{stamp}_{count}" for count in range(2, 1000))):
+            try:
+                (parent / name).mkdir(parents=True)
+                return parent / name
+            except FileExistsError:
+                continue
+    path = Path(cfg.run_dir or "").expanduser()
+    if (path / "results.json").exists():
+        raise UserError(f"run_dir: {path} holds a complete run; choose another folder")
+    if (path / "config.yaml").exists():
+        raise UserError(f"run_dir: {path} holds an incomplete run; continue it by `coeft resume {shlex.quote(str(path))}`")
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise UserError(f"run_dir: {path} exists and is not empty; choose another folder")
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir: cannot make {path} ({error.strerror})") from error
+    return path
+
+
+def shorten_home(text: str) -> str:
+    """Text in which the home folder is written as ~."""
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide numbers, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(fingerprint: str, threads: int) -> dict[str, Any]:
+    """What RUN/environment.json holds; neither user nor host name stands in it."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    source = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    tracked = subprocess.run(
+        ["git", "-C", str(source), "ls-files", "--error-unmatch", Path(__file__).name],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": device,
+        "threads": threads,
+        "git_commit": git.stdout.strip() if git.returncode == 0 and tracked.returncode == 0 else None,
+        "command": shorten_home(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "data_fingerprint": fingerprint,
+    }
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run on disk."""
+
+    path: Path
+    config: TrainConfig
+    results: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Read a run directory.
+
+        Raises:
+            UserError: there is no run, or it did not complete.
+        """
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            raise UserError(f"{path}: no such run directory")
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path} is not a run directory: it has no config.yaml")
+        if not (path / "results.json").is_file():
+            raise UserError(f"{path}: the run did not complete; continue it by `coeft resume {shlex.quote(str(path))}`")
+        results = read_json(path / "results.json")
+        if not isinstance(results, dict) or results.get("status") != "completed":
+            raise UserError(f"{path}/results.json does not say that the run completed")
+        return cls(path, load_config(path / "config.yaml"), results)
+
+    @property
+    def members(self) -> list[str]:
+        """Names of a suite's runs; empty for an ordinary run."""
+        return list(self.results.get("members", {}))
+
+    @property
+    def folds(self) -> list[int]:
+        """Fold numbers of a cross-validation; empty for standard training."""
+        return [fold["fold"] for fold in self.results["folds"]] if self.config.cv.folds > 1 else []
+
+    def adapter(self, fold: int | None = None) -> Path:
+        """The folder of the run's adapter, or of one fold's.
+
+        Raises:
+            UserError: the run is a suite, has no such fold, or has several and none was chosen.
+        """
+        if self.members:
+            raise UserError(f"{self.path} is a suite; choose one of its runs: {', '.join(self.members)}")
+        if fold is None and (self.path / "adapter").is_dir():
+            return self.path / "adapter"
+        if not self.folds:
+            raise UserError(f"{self.path} is one standard run: leave --fold out")
+        if fold is None:
+            raise UserError(
+                f"{self.path} has an adapter for each of its {len(self.folds)} folds: choose one by --fold K, "
+                f"or train with cv.refit=true to get one from all data"
+            )
+        if fold not in self.folds:
+            raise UserError(f"{self.path} has no fold {fold}; there are {', '.join(map(str, self.folds))}")
+        return self.path / f"fold_{fold}" / "adapter"
+
+
+def write_config(path: Path, cfg: TrainConfig) -> None:
+    """Write a resolved config that `coeft train --config-dir RUN --config-name config` repeats."""
+    write_text(path, to_yaml(cfg))
