@@ -51,33 +51,45 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not a JSON file ({error})") from error
 
 
-def create_run_dir(cfg: TrainConfig) -> Path:
-    """Make the run's folder, exclusively: cfg.run_dir, or runs/RECIPE/TIME.
+def check_run_dir(cfg: TrainConfig) -> None:
+    """Refuse a cfg.run_dir that holds a run or other files, before anything heavy is done.
 
     Raises:
-        UserError: the folder holds a run or other files.
+        UserError: says what is there, and how to continue an incomplete run.
     """
     if cfg.run_dir is None:
-        parent = Path("runs") / (cfg.recipe or "train")
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        for name in (stamp, *(f"{stamp}_{count}" for count in range(2, 1000))):
-            try:
-                (parent / name).mkdir(parents=True)
-                return parent / name
-            except FileExistsError:
-                continue
-    path = Path(cfg.run_dir or "").expanduser()
+        return
+    path = Path(cfg.run_dir).expanduser()
     if (path / "results.json").exists():
         raise UserError(f"run_dir: {path} holds a complete run; choose another folder")
     if (path / "config.yaml").exists():
         raise UserError(f"run_dir: {path} holds an incomplete run; continue it by `coeft resume {shlex.quote(str(path))}`")
-    try:
-        if path.is_dir() and any(path.iterdir()):
-            raise UserError(f"run_dir: {path} exists and is not empty; choose another folder")
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run_dir: cannot make {path} ({error.strerror})") from error
-    return path
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"run_dir: {path} exists and is not empty; choose another folder")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run_dir: {path} is a file; choose another folder")
+
+
+def create_run_dir(cfg: TrainConfig) -> Path:
+    """Make the run's folder, exclusively: cfg.run_dir, or runs/RECIPE/TIME.
+
+    Raises:
+        UserError: the folder holds a run or other files, or cannot be made.
+    """
+    check_run_dir(cfg)
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    recipe = (cfg.recipe or "train").removeprefix("user/")
+    names = [stamp, *(f"{stamp}_{count}" for count in range(2, 1000))]
+    choices = [Path(cfg.run_dir).expanduser()] if cfg.run_dir else [Path("runs") / recipe / name for name in names]
+    for path in choices:
+        try:
+            path.mkdir(parents=True, exist_ok=cfg.run_dir is not None)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"run_dir: cannot make {path} ({error.strerror})") from error
+        return path
+    raise UserError(f"run_dir: {choices[0]} and {len(choices) - 1} more like it exist; set run_dir=PATH")
 
 
 def shorten_home(text: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from coeft.attention.site import AttentionSite
+from coeft.seeding import reseed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +48,8 @@ class Backbone:
         """Full name -> parameter of the task head."""
         module = self.model.get_submodule(self.head)
         return {f"{self.head}.{name}": parameter for name, parameter in module.named_parameters()}
+
+    def new_head(self, num_classes: int, seed: int) -> None:
+        """Replace the classifier by a fresh one, drawn from the seed as the model's own code draws it."""
+        reseed(seed, "head")
+        self.model.reset_classifier(num_classes)  # type: ignore[operator]

@@ -1,0 +1,156 @@
+"""From a config to a model that can be trained or used: backbone, head, stack, LightningModule, Trainer."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from coeft import adapter_io
+from coeft.adapt import Stack
+from coeft.backbones._backbone import Backbone, Preprocessing
+from coeft.config import TrainConfig, Trainer
+from coeft.data._data import resolve_preprocessing
+from coeft.data._transforms import Augment, Normalize
+from coeft.errors import UserError
+from coeft.module import TuningModule
+from coeft.run import Run
+from coeft.seeding import derive
+
+log = logging.getLogger("coeft")
+
+
+@dataclass(kw_only=True)
+class Assembled:
+    """A model with its stack attached, ready for the Trainer."""
+
+    backbone: Backbone
+    stack: Stack
+    module: TuningModule
+    base: dict[str, Any]
+    """Fingerprint of the base model from before anything was attached."""
+
+
+def build_backbone(cfg: TrainConfig) -> Backbone:
+    """The base model without a head, and what images it wants."""
+    backbone = cfg.backbone.build(num_classes=0, seed=cfg.seed, image_size=cfg.data.image_size)
+    backbone.preprocessing = resolve_preprocessing(cfg.data, backbone.preprocessing)
+    return backbone
+
+
+def assemble(cfg: TrainConfig, backbone: Backbone, num_classes: int, *, fold: int = 0) -> Assembled:
+    """Give a base model a fresh head and attach the stack, both drawn from the fold's own seed."""
+    base = adapter_io.fingerprint(backbone.model, backbone.head)
+    backbone.new_head(num_classes, derive(cfg.seed, "fold", fold))
+    stack = Stack(dict(cfg.peft))
+    stack.attach(backbone, derive(cfg.seed, "fold", fold))
+    module = TuningModule(
+        backbone,
+        stack,
+        cfg.task.build(num_classes),
+        optim=cfg.optim,
+        prepare=Normalize(backbone.preprocessing.mean, backbone.preprocessing.std),
+        augment=Augment(cfg.data.augment, backbone.preprocessing) if cfg.data.augment else None,
+        seed=cfg.seed,
+        fold=fold,
+    )
+    return Assembled(backbone=backbone, stack=stack, module=module, base=base)
+
+
+def restore(cfg: TrainConfig, adapter: Path) -> tuple[Assembled, list[str]]:
+    """The model of a finished run, or of one of its folds, and its class names.
+
+    Raises:
+        UserError: the adapter is damaged or the base model is not the one it was trained on.
+    """
+    manifest = adapter_io.read_manifest(adapter)
+    class_names = adapter_io.read_class_names(adapter)
+    backbone = build_backbone(cfg)
+    adapter_io.check_base(
+        manifest["base_model"], adapter_io.fingerprint(backbone.model, backbone.head), f"the adapter {adapter}"
+    )
+    built = assemble(cfg, backbone, len(class_names))
+    adapter_io.fill(adapter, built.backbone, built.stack)
+    return built, class_names
+
+
+def start_from(cfg: TrainConfig, built: Assembled) -> None:
+    """Fill a fresh stack and head from cfg.init_from, a run or an adapter with the same stack."""
+    path = Path(cfg.init_from or "").expanduser()
+    if (path / "config.yaml").exists():
+        path = Run.open(path).adapter()
+    manifest = adapter_io.read_manifest(path)
+    theirs = list(adapter_io.read_stack(manifest, f"{path}/coeft.json").methods)
+    if theirs != list(built.stack.methods):
+        raise UserError(f"init_from: {path} holds the stack [{', '.join(theirs)}], not [{', '.join(built.stack.methods)}]")
+    adapter_io.check_base(manifest["base_model"], built.base, f"init_from: the adapter {path}")
+    adapter_io.fill(path, built.backbone, built.stack)
+
+
+def set_threads(cfg: TrainConfig) -> int:
+    """Apply trainer.threads; return the number of CPU threads in force."""
+    if cfg.trainer.threads is not None:
+        torch.set_num_threads(cfg.trainer.threads)
+    return torch.get_num_threads()
+
+
+def precision(trainer: Trainer) -> str:
+    """Lightning's name of the precision that trainer.precision means on this machine."""
+    if trainer.precision == "auto":
+        cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return "bf16-mixed" if cuda else "32-true"
+    return {"fp32": "32-true", "bf16": "bf16-mixed"}[trainer.precision]
+
+
+def micro_batch_size(cfg: TrainConfig, devices: int) -> int:
+    """Samples per device and forward, such that a whole number of them makes data.batch_size.
+
+    Raises:
+        UserError: they do not divide.
+    """
+    batch, micro = cfg.data.batch_size, cfg.trainer.micro_batch_size
+    if batch % devices:
+        raise UserError(f"data.batch_size is {batch}: it must be a multiple of the {devices} devices")
+    per_device = batch // devices
+    if micro is None:
+        return per_device
+    if micro > per_device or per_device % micro:
+        raise UserError(f"trainer.micro_batch_size is {micro}: it must divide the {per_device} samples per device and step")
+    return micro
+
+
+def make_trainer(cfg: TrainConfig, root: Path, **kwargs: Any) -> L.Trainer:
+    """A Lightning Trainer for fitting (give max_epochs, callbacks, loggers) or for evaluation."""
+    quiet()
+    return L.Trainer(
+        accelerator="auto",
+        devices=cfg.trainer.devices,
+        strategy=cfg.trainer.strategy,
+        precision=precision(cfg.trainer),  # type: ignore[arg-type]
+        deterministic=True,
+        default_root_dir=root,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **kwargs},
+    )
+
+
+def quiet() -> None:
+    """Silence what Lightning says of itself; its warnings about workers do not fit data that lies in memory."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+
+
+def describe_preprocessing(preprocessing: Preprocessing) -> str:
+    """One line, such as "28 x 28, squash, bicubic, mean (0.5,), std (0.5,)"."""
+    height, width = preprocessing.image_size
+    crop = f"crop {preprocessing.crop_pct:g}" if preprocessing.resize == "crop" else "squash"
+    mean, std = ([round(value, 3) for value in values] for values in (preprocessing.mean, preprocessing.std))
+    return f"{height} x {width} px, {crop}, {preprocessing.interpolation}, mean {mean}, std {std}"

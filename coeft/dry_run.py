@@ -1,0 +1,105 @@
+"""Everything but training: what a run would do, shown before it costs anything."""
+
+import sys
+from typing import Any
+
+import psutil
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from coeft.adapt import count_parameters
+from coeft.assemble import Assembled, assemble, describe_preprocessing, make_trainer, micro_batch_size, set_threads
+from coeft.config import TrainConfig, to_yaml
+from coeft.run import check_run_dir
+from coeft.tables import console
+from coeft.train import prepare
+
+
+def dry_run(cfg: TrainConfig) -> None:
+    """Print the config, the backbone, what each method attached to, parameters, memory, the data, one probe batch.
+
+    Raises:
+        UserError: whatever would stop the training before its first step.
+    """
+    check_run_dir(cfg)
+    set_threads(cfg)
+    out = console(sys.stderr)
+    out.print(to_yaml(cfg), markup=False)
+    backbone, data, folds = prepare(cfg)
+    built = assemble(cfg, backbone, len(data.class_names))
+    counts = count_parameters(built.backbone, built.stack)
+    out.print(f"backbone {backbone.name}: {len(backbone.blocks)} blocks, {len(backbone.sites)} attention sites")
+    if backbone.refusal:
+        out.print(f"attention methods: {backbone.refusal}", markup=False)
+    out.print(f"images {describe_preprocessing(backbone.preprocessing)}\n", markup=False)
+    _print_stack(built, out)
+    out.print(
+        f"trainable {counts.trainable:,} (methods {counts.adapter:,}, head {counts.head:,}) of {counts.total:,} parameters\n"
+    )
+    micro = micro_batch_size(cfg, make_trainer(cfg, backbone_root()).num_devices)
+    batch = {
+        "pixel_values": torch.from_numpy(folds[0].train.images[:2].copy()),
+        "labels": torch.from_numpy(folds[0].train.labels[:2].copy()),
+    }
+    built.stack.probe(built.backbone, built.module.prepare(batch["pixel_values"]))
+    loss, per_sample = probe(built, batch)
+    estimate = memory_estimate(built, per_sample, micro)
+    free = psutil.virtual_memory().available
+    out.print(f"estimated peak memory of a step {estimate / 2**20:,.0f} MiB above the program's own, free {free / 2**20:,.0f} MiB")
+    if estimate > free:
+        out.print("more than is free: lower trainer.micro_batch_size")
+    _print_data(data.summary(), folds, out)
+    out.print(f"probe batch: loss {loss:.4f}; every method was called")
+
+
+def backbone_root() -> Any:
+    """Where a Trainer that writes nothing has its root."""
+    from pathlib import Path
+
+    return Path.cwd()
+
+
+def probe(built: Assembled, batch: dict[str, Tensor]) -> tuple[float, int]:
+    """Loss of a batch in training mode, and bytes that one sample's forward saves for the backward pass."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    held = {p.untyped_storage().data_ptr() for p in built.module.parameters()}
+    built.module.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = built.module.task.loss(built.module(batch["pixel_values"]), batch["labels"], training=True)
+    total = sum(size for pointer, size in saved.items() if pointer not in held)
+    return float(loss.detach()), total // len(batch["labels"])
+
+
+def memory_estimate(built: Assembled, per_sample: int, micro_batch: int) -> int:
+    """Bytes of weights, gradients, two optimizer moments, and the activations of one micro-batch."""
+    weights = sum(p.numel() * p.element_size() for p in built.module.parameters())
+    trained = sum(p.numel() * p.element_size() for p in built.module.parameters() if p.requires_grad)
+    return weights + 3 * trained + per_sample * micro_batch
+
+
+def _print_stack(built: Assembled, out: Any) -> None:
+    table = Table("method", "place", "route", "parameters", title="what each method attached to")
+    for method, place, route, parameters in built.stack.report():
+        table.add_row(method, place, route, f"{parameters:,}")
+    if not built.stack.attachments:
+        table.add_row("none", built.backbone.head, "the head alone", "")
+    out.print(table)
+
+
+def _print_data(summary: dict[str, Any], folds: list[Any], out: Any) -> None:
+    table = Table("split", "images", "classes", title="data")
+    for split, classes in summary["counts"].items():
+        shown = ", ".join(f"{name} {count}" for name, count in list(classes.items())[:20])
+        more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
+        table.add_row(split, f"{sum(classes.values()):,}", shown + more)
+    out.print(table)
+    out.print(f"the same image in two splits: {len(summary['duplicates'])}; unreadable files: {len(summary['skipped'])}")
+    for fold in folds:
+        parts = {"train": fold.train, "val": fold.val, "held out": fold.heldout, "test": fold.test}
+        out.print(f"fold {fold.index}: " + ", ".join(f"{name} {len(part)}" for name, part in parts.items() if part))

@@ -1,0 +1,107 @@
+"""Pictures of a run as PNG files."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen first: there is no screen)
+from torch import Tensor  # noqa: E402
+
+from coeft.adapt import Stack  # noqa: E402
+
+DPI = 120
+
+
+def curves(metrics_csv: Path, metric: str, path: Path) -> None:
+    """Training loss by step, and validation loss and metric by epoch, one line per fold."""
+    steps: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    epochs: dict[str, dict[int, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            fold = int(row["fold"])
+            if row["train/loss"]:
+                steps[fold].append((int(row["step"]), float(row["train/loss"])))
+            for name in ("val/loss", f"val/{metric}"):
+                if row.get(name):
+                    epochs[name][fold].append((int(row["epoch"]), float(row[name])))
+    figure, axes = plt.subplots(1, 1 + len(epochs), figsize=(4.5 * (1 + len(epochs)), 3.4), layout="constrained")
+    axes = [axes] if not epochs else list(axes)
+    for fold, points in sorted(steps.items()):
+        axes[0].plot(*zip(*points, strict=True), linewidth=0.8, alpha=0.8, label=f"fold {fold}")
+    axes[0].set(title="training loss", xlabel="optimizer step", ylabel="nats")
+    for axis, (name, folds) in zip(axes[1:], epochs.items(), strict=True):
+        for fold, points in sorted(folds.items()):
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=f"fold {fold}")
+        axis.set(title=f"validation {name.removeprefix('val/')}", xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+    if len(steps) > 1:
+        axes[-1].legend(fontsize="small")
+    _save(figure, path)
+
+
+def confusion(counts: Tensor, class_names: list[str], path: Path) -> None:
+    """The confusion matrix as shares of each true class; counts (true class, predicted class)."""
+    shares = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    size = min(16.0, 2.5 + 0.4 * len(class_names))
+    figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(class_names) <= 50:
+        axis.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize="small")
+        axis.set_yticks(range(len(class_names)), class_names, fontsize="small")
+    if len(class_names) <= 20:
+        for row in range(len(class_names)):
+            for column in range(len(class_names)):
+                if counts[row, column]:
+                    shade = "white" if shares[row, column] > 0.5 else "black"
+                    axis.text(column, row, int(counts[row, column]), ha="center", va="center", color=shade, fontsize=7)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
+    _save(figure, path)
+
+
+def coefficients(stack: Stack, path: Path) -> None:
+    """α of every layer that coeff mixes, as heat maps on one scale with zero in the middle; nothing without coeff."""
+    matrices = {
+        name: parameter.detach().float().cpu()
+        for attachment in stack.attachments
+        if attachment.method == "coeff"
+        for name, parameter in alphas(attachment).items()
+    }
+    if not matrices:
+        return
+    columns = min(6, len(matrices))
+    rows = -(-len(matrices) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.1 * columns + 1, 2.3 * rows + 0.6), layout="constrained", squeeze=False
+    )
+    largest = max(float(matrix.abs().max()) for matrix in matrices.values()) or 1.0
+    for axis in axes.flat[len(matrices) :]:
+        axis.set_axis_off()
+    for axis, (name, matrix) in zip(axes.flat, matrices.items(), strict=False):
+        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axis.set_title(name, fontsize="small")
+        axis.set_xticks([0, len(matrix) - 1])
+        axis.set_yticks([0, len(matrix) - 1])
+        axis.tick_params(labelsize="x-small")
+    figure.supxlabel("head whose map is used", fontsize="small")
+    figure.supylabel("head that is tuned", fontsize="small")
+    figure.suptitle("learnt coefficients α (identity left out)", fontsize="medium")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    _save(figure, path)
+
+
+def alphas(attachment) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Site name -> α (H, H) of a coeff attachment, in its portable form (the identity left out)."""
+    _, tensors = attachment.pack()
+    return {name.removeprefix("base_model.model.").rsplit(".", 2)[0]: tensor for name, tensor in tensors.items()}
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)

@@ -1,0 +1,97 @@
+"""Predictions of a finished run for files and folders, as CSV."""
+
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coeft.assemble import make_trainer, restore, set_threads
+from coeft.data._data import Part, load_inputs
+from coeft.data._module import FoldData
+from coeft.errors import UserError
+from coeft.run import Run
+from coeft.tasks._classification import probabilities
+
+
+def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) -> None:
+    """Write input, prediction and the probability of each class as CSV to `out`, or to standard output.
+
+    Args:
+        path: a run directory; of a cross-validation without a refit, the folds' probabilities are averaged.
+        inputs: image files and folders, tables (.csv, .tsv, .jsonl) whose first column or "input" names images, or
+            "-" for such names on standard input, one a line.
+
+    Raises:
+        UserError: no complete run, an input that is missing or no image, or `out` exists.
+    """
+    run = Run.open(path)
+    if run.members:
+        raise UserError(f"{run.path} is a suite; predict with one of its runs: {', '.join(run.members)}")
+    if out is not None and out.expanduser().exists():
+        raise UserError(f"--out: {out} exists; choose another file")
+    names = list(expand(inputs))
+    if not names:
+        raise UserError("nothing to predict: give image files, folders, a table, or - for names on standard input")
+    set_threads(run.config)
+    refit = (run.path / "adapter").is_dir()
+    adapters = [run.adapter()] if refit or not run.folds else [run.adapter(fold) for fold in run.folds]
+    shares: list[Tensor] = []
+    part: Part | None = None
+    for adapter in adapters:
+        built, class_names = restore(run.config, adapter)
+        if part is None:
+            part = load_inputs(names, built.backbone.preprocessing, run.config.data.on_error)
+        loader = FoldData.evaluation_loader(part, batch_size=run.config.data.batch_size, num_workers=0)
+        logits = make_trainer(run.config, Path.cwd()).predict(built.module, dataloaders=loader)
+        assert logits is not None
+        shares.append(probabilities(torch.cat([batch.cpu() for batch in logits])))  # type: ignore[union-attr]
+    assert part is not None
+    mean = torch.stack(shares).mean(0)
+    rows = [
+        [name, class_names[int(row.argmax())], *(f"{float(share):.6g}" for share in row)]
+        for name, row in zip(part.names, mean, strict=True)
+    ]
+    header = ["input", "prediction", *class_names]
+    if out is None:
+        csv.writer(sys.stdout).writerows([header, *rows])
+        return
+    try:
+        with out.expanduser().open("x", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out} ({error.strerror})") from error
+
+
+def expand(inputs: Iterable[str]) -> Iterable[str]:
+    """File and folder names out of what was given: tables and standard input are read."""
+    for name in inputs:
+        path = Path(name).expanduser()
+        if name == "-":
+            yield from filter(None, (line.strip() for line in sys.stdin))
+        elif path.suffix.lower() in (".csv", ".tsv", ".jsonl"):
+            yield from _column(path)
+        else:
+            yield name
+
+
+def _column(path: Path) -> list[str]:
+    """The image names in a table: its column "input", else its first; relative ones count from the table's folder."""
+    import pandas as pd
+
+    try:
+        if path.suffix.lower() == ".jsonl":
+            table = pd.read_json(path, lines=True, dtype=False)
+        else:
+            table = pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",", dtype=str)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})") from error
+    if table.empty:
+        raise UserError(f"{path}: the table has no rows")
+    column = "input" if "input" in table else table.columns[0]
+    missing = table.index[table[column].isna()]
+    if len(missing):
+        raise UserError(f"{path}: row {missing[0] + 1} has no value in column {column!r}")
+    return [str(path.parent / Path(str(value)).expanduser()) for value in table[column]]

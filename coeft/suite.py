@@ -1,0 +1,74 @@
+"""Many runs of one recipe: suites and seeds, each member an ordinary run in RUN/NAME/."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from coeft import train as training
+from coeft.config import TrainConfig, load_config
+from coeft.errors import UserError
+from coeft.run import create_run_dir, read_json, write_config, write_json
+from coeft.tables import print_suite
+
+log = logging.getLogger("coeft")
+
+# what RUN/results.json repeats of each member's own
+SUMMARY = (
+    "metric", "value", "mean", "std", "trainable_params", "adapter_params", "total_params", "wall_s", "samples_per_s",
+    "seed",
+)  # fmt: skip
+
+
+MEMBERS = ".members"  # folder of the members' configs, 000_NAME.yaml and so on, until each becomes a run
+
+
+def run_suite(cfg: TrainConfig, members: Mapping[str, TrainConfig]) -> Path:
+    """Run the members one after another; return the suite's directory.
+
+    Args:
+        cfg: the suite's own config, with its run_dir.
+        members: name -> config, in order; each name becomes a folder of the suite.
+    """
+    run_dir = create_run_dir(cfg)
+    (run_dir / MEMBERS).mkdir()
+    for number, (name, member) in enumerate(members.items()):
+        write_config(run_dir / MEMBERS / f"{number:03}_{name}.yaml", replace(member, run_dir=str(run_dir / name)))
+    write_config(run_dir / "config.yaml", cfg)  # last: a suite with a config has all its members
+    return _run_members(cfg, run_dir)
+
+
+def resume_suite(run_dir: Path) -> Path:
+    """Continue a suite: complete members are skipped, a begun one is resumed."""
+    if (run_dir / "results.json").exists():
+        raise UserError(f"{run_dir} is complete; there is nothing to resume")
+    return _run_members(load_config(run_dir / "config.yaml"), run_dir)
+
+
+def _run_members(cfg: TrainConfig, run_dir: Path) -> Path:
+    started = time.monotonic()
+    configs = {path.stem.split("_", 1)[1]: path for path in sorted((run_dir / MEMBERS).glob("*.yaml"))}
+    members: dict[str, Any] = {}
+    for number, (name, path) in enumerate(configs.items(), 1):
+        folder = run_dir / name
+        log.info("%s (%d of %d)", name, number, len(configs))
+        if not (folder / "config.yaml").is_file():
+            training.train(replace(load_config(path), run_dir=str(folder)))
+        elif not (folder / "results.json").is_file():
+            training.resume(folder)
+        results = read_json(folder / "results.json")
+        members[name] = {key: results[key] for key in SUMMARY}
+    write_json(
+        run_dir / "results.json",
+        {
+            "recipe": cfg.recipe,
+            "status": "completed",
+            "members": members,
+            "wall_s": round(time.monotonic() - started, 3),
+        },
+    )
+    print_suite(read_json(run_dir / "results.json"), file=sys.stderr)
+    return run_dir

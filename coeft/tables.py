@@ -1,0 +1,62 @@
+"""Tables of results for people, on a terminal."""
+
+from collections.abc import Mapping
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def console(file: IO[str]) -> Console:
+    """A console that does not wrap tables when the output is no terminal."""
+    return Console(file=file, highlight=False, width=None if file.isatty() else 120)
+
+
+def spread(mean: float | None, std: float | None) -> str:
+    """Such as "0.9751 ± 0.0042"."""
+    if mean is None:
+        return "none"
+    return f"{mean:.4f}" if std is None else f"{mean:.4f} ± {std:.4f}"
+
+
+def print_folds(results: Mapping[str, Any], *, file: IO[str]) -> None:
+    """One run: a row per fold, then mean ± sd, trainable parameters and time."""
+    metric = results["metric"]
+    measured_on = "test" if results["folds"][0]["n_test"] else "validation (there is no test data)"
+    table = Table(title=f"{results['recipe'] or 'train'}: {metric} on {measured_on}")
+    for name in ("fold", metric, "best epoch", "train", "val", "test"):
+        table.add_column(name, justify="right")
+    for row in results["folds"]:
+        value = "none" if row["value"] is None else f"{row['value']:.4f}"
+        table.add_row(*map(str, (row["fold"], value, row["best_epoch"], row["n_train"], row["n_val"], row["n_test"])))
+    if len(results["folds"]) > 1:
+        table.add_section()
+        table.add_row("mean ± sd", spread(results["mean"], results["std"]))
+    out = console(file)
+    out.print(table)
+    out.print(
+        f"trained {results['trainable_params']:,} of {results['total_params']:,} parameters "
+        f"({results['adapter_params']:,} without the head) in {results['wall_s']:.0f} s, "
+        f"{results['samples_per_s']:.0f} samples/s, peak memory {results['peak_rss_mb']:.0f} MiB"
+    )
+    if results["test"] and len(results["folds"]) > 1:
+        out.print(f"test split, mean over the fold models: {metric} {results['test'][metric]:.4f}")
+
+
+def print_suite(results: Mapping[str, Any], *, file: IO[str]) -> None:
+    """A suite: a row per run, side by side."""
+    members = results["members"]
+    metrics = sorted({member["metric"] for member in members.values()})
+    table = Table(title=f"{results['recipe'] or 'suite'}: {', '.join(metrics)}")
+    table.add_column("run")
+    for name in ("mean ± sd", "trainable", "without head", "time"):
+        table.add_column(name, justify="right")
+    for name, member in members.items():
+        table.add_row(
+            name,
+            spread(member["mean"], member["std"]),
+            f"{member['trainable_params']:,}",
+            f"{member['adapter_params']:,}",
+            f"{member['wall_s']:.0f} s",
+        )
+    console(file).print(table)

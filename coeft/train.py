@@ -1,0 +1,386 @@
+"""The composition root: train(cfg) runs one config from data to results.json."""
+
+import logging
+import math
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+
+from coeft import adapter_io, plots
+from coeft.adapt import count_parameters
+from coeft.assemble import (
+    Assembled,
+    assemble,
+    build_backbone,
+    describe_preprocessing,
+    make_trainer,
+    micro_batch_size,
+    set_threads,
+    start_from,
+)
+from coeft.backbones._backbone import Backbone
+from coeft.config import TrainConfig, load_config
+from coeft.data._data import Data, Part, load_data
+from coeft.data._folds import Fold, make_folds, refit_fold
+from coeft.data._module import FoldData
+from coeft.errors import UserError
+from coeft.loggers._metrics_csv import MetricsCSV, cut
+from coeft.model_card import model_card
+from coeft.run import (
+    check_run_dir,
+    create_run_dir,
+    environment,
+    peak_rss_mb,
+    read_json,
+    shorten_home,
+    write_config,
+    write_json,
+)
+from coeft.tables import print_folds
+from coeft.tasks._classification import per_class_accuracy
+
+log = logging.getLogger("coeft")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a run whose state is saved; the text says how to continue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one fold, or one standard training, came to."""
+
+    row: dict[str, Any]
+    """The fold's entry in results.json."""
+    test: dict[str, Any] | None
+    counts: dict[str, int]
+    fit_s: float
+    samples_seen: int
+    heldout: dict[str, Any] | None
+    """All metrics on the held-out fold."""
+    confusion: list[list[int]] | None
+    """Counts by true and predicted class, on what the fold's value was measured."""
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Train, evaluate and write one run (standard or k-fold); return its directory.
+
+    Raises:
+        UserError: data, backbone, stack or run directory are not as the config says.
+        Interrupted: stopped by the user, state saved.
+    """
+    started = time.monotonic()
+    check_run_dir(cfg)
+    threads = set_threads(cfg)
+    backbone, data, folds = prepare(cfg)
+    run_dir = create_run_dir(cfg)
+    write_config(run_dir / "config.yaml", cfg)
+    write_json(run_dir / "environment.json", environment(data.fingerprint, threads))
+    return _run_folds(cfg, run_dir, backbone, data, folds, started)
+
+
+def resume(path: str | Path) -> Path:
+    """Continue an interrupted run from its last finished epoch; return its directory.
+
+    Raises:
+        UserError: there is no run, it is complete, or its data changed since.
+    """
+    run_dir = Path(path).expanduser()
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is not a run directory: it has no config.yaml")
+    cfg = load_config(run_dir / "config.yaml")
+    if cfg.suite or cfg.seeds:
+        from coeft.suite import resume_suite
+
+        return resume_suite(run_dir)
+    if (run_dir / "results.json").exists():
+        raise UserError(f"{run_dir} is complete; there is nothing to resume")
+    started = time.monotonic()
+    before = read_json(run_dir / "environment.json") if (run_dir / "environment.json").exists() else None
+    if before and cfg.trainer.threads is None:
+        torch.set_num_threads(before["threads"])
+    threads = set_threads(cfg)
+    backbone, data, folds = prepare(cfg)
+    if before and before["data_fingerprint"] != data.fingerprint:
+        raise UserError(f"{run_dir}: the data is not what the run began with; put it back, or start a new run")
+    if before is None:
+        write_json(run_dir / "environment.json", environment(data.fingerprint, threads))
+    return _run_folds(cfg, run_dir, backbone, data, folds, started)
+
+
+def prepare(cfg: TrainConfig) -> tuple[Backbone, Data, list[Fold]]:
+    """The base model, the data in its size, and how it is divided."""
+    backbone = build_backbone(cfg)
+    data = load_data(cfg.data, seed=cfg.seed, preprocessing=backbone.preprocessing, group=cfg.cv.group)
+    if len(data.class_names) < 2:
+        raise UserError(f"the data has {len(data.class_names)} class; classification needs two or more")
+    if data.skipped:
+        log.warning("%d unreadable files were left out: %s", len(data.skipped), ", ".join(data.skipped[:5]))
+    folds = make_folds(data, cfg.cv, cfg.seed)
+    if cfg.cv.folds > 1 and cfg.cv.refit:
+        folds.append(refit_fold(data, cfg.cv, cfg.seed))
+    return backbone, data, folds
+
+
+def _run_folds(
+    cfg: TrainConfig, run_dir: Path, backbone: Backbone, data: Data, folds: list[Fold], started: float
+) -> Path:
+    handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        stack = " + ".join(cfg.peft) or "head only"
+        log.info("%s, %s, data %s", backbone.name, stack, cfg.data.kind)
+        log.info("images: %s", describe_preprocessing(backbone.preprocessing))
+        outcomes = []
+        for fold in folds:
+            folder = fold_dir(run_dir, cfg, fold, folds)
+            if (folder / "fold.json").is_file():
+                outcomes.append(Outcome(**read_json(folder / "fold.json")))
+                continue
+            outcomes.append(_fit_fold(cfg, run_dir, folder, fold, backbone if fold is folds[0] else None, data, folds))
+        write_json(run_dir / "results.json", _results(cfg, run_dir, outcomes, data.class_names, started))
+        print_folds(read_json(run_dir / "results.json"), file=sys.stderr)
+        return run_dir
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def is_refit(cfg: TrainConfig, fold: Fold) -> bool:
+    """Whether this is the model on all data that follows the folds of a cross-validation."""
+    return cfg.cv.folds > 1 and fold.index >= cfg.cv.folds
+
+
+def fold_dir(run_dir: Path, cfg: TrainConfig, fold: Fold, folds: list[Fold]) -> Path:
+    """Where a fold keeps its checkpoints, adapter and plots: the run itself for standard training and the refit."""
+    if cfg.cv.folds <= 1 or is_refit(cfg, fold):
+        return run_dir
+    return run_dir / f"fold_{fold.index}"
+
+
+def _fit_fold(
+    cfg: TrainConfig,
+    run_dir: Path,
+    folder: Path,
+    fold: Fold,
+    backbone: Backbone | None,
+    data: Data,
+    folds: list[Fold],
+) -> Outcome:
+    built = assemble(cfg, backbone or build_backbone(cfg), len(data.class_names), fold=fold.index)
+    if cfg.init_from is not None:
+        start_from(cfg, built)
+    sample = torch.from_numpy(fold.train.images[:2].copy())
+    built.stack.probe(built.backbone, built.module.prepare(sample))
+    counts = count_parameters(built.backbone, built.stack)
+    name = "all data" if is_refit(cfg, fold) else f"fold {fold.index + 1}/{cfg.cv.folds}" if cfg.cv.folds > 1 else "run"
+    log.info(
+        "%s: %d training, %d validation images; %s of %s parameters trained",
+        name, len(fold.train), len(fold.val or []), f"{counts.trainable:,}", f"{counts.total:,}",
+    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    begun = time.monotonic()
+    best_epoch = _fit(cfg, run_dir, folder, fold, built)
+    fit_s = time.monotonic() - begun
+    parts = {"heldout": fold.heldout, "test": fold.test}
+    if fold.heldout is None and fold.test is None:
+        parts["val"] = fold.val  # nothing else to report on; the table says so
+    scores = {name: measure(cfg, built, part) for name, part in parts.items() if part is not None}
+    measured, confusion = next(iter(scores.values()), (None, None))
+    heldout, test = (scores[name][0] if name in scores else None for name in ("heldout", "test"))
+    held = fold.heldout if fold.heldout is not None else fold.test
+    row = {
+        "fold": fold.index,
+        "value": measured[cfg.task.metric] if measured else None,
+        "best_epoch": best_epoch,
+        "n_train": len(fold.train),
+        "n_val": len(fold.val) if fold.val is not None else 0,
+        "n_test": len(held) if held is not None else 0,
+    }
+    (folder / "plots").mkdir(exist_ok=True)
+    plots.coefficients(built.stack, folder / "plots" / "coefficients.png")
+    if confusion is not None and folder != run_dir:
+        plots.confusion(confusion, data.class_names, folder / "plots" / "confusion.png")
+    adapter_io.save_adapter(
+        folder / "adapter",
+        built.backbone,
+        built.stack,
+        base=built.base,
+        class_names=data.class_names,
+        card=model_card(cfg, built, counts, row, len(data.class_names)),
+    )
+    outcome = Outcome(
+        row=row,
+        test=test,
+        counts={"trainable": counts.trainable, "adapter": counts.adapter, "total": counts.total},
+        fit_s=fit_s,
+        samples_seen=built.module.samples_seen,
+        heldout=heldout,
+        confusion=None if confusion is None else confusion.tolist(),
+    )
+    if row["value"] is not None:
+        log.info("%s: %s %.4f (epoch %s)", name, cfg.task.metric, row["value"], best_epoch)
+    write_json(folder / "fold.json", vars(outcome))
+    return outcome
+
+
+def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assembled) -> int:
+    """Train one fold and leave the best epoch's weights in the model; return that epoch, counted from 0."""
+    task = built.module.task
+    checkpoints = folder / "checkpoints"
+    monitored: dict[str, Any] = {"save_top_k": 1}
+    callbacks: list[L.Callback] = [EpochLog(cfg)]
+    if fold.val is not None:
+        monitored = {"monitor": f"val/{task.metric}", "mode": task.mode, "save_top_k": 1}
+        if cfg.trainer.patience is not None:
+            callbacks.append(
+                EarlyStopping(f"val/{task.metric}", mode=task.mode, patience=cfg.trainer.patience, min_delta=0.0)
+            )
+    elif cfg.trainer.patience is not None:
+        raise UserError("trainer.patience needs validation data: set cv.val_fraction, data.n_val or a validation split")
+    checkpoint = ModelCheckpoint(checkpoints, "best", save_last=True, enable_version_counter=False, **monitored)
+    callbacks.append(checkpoint)
+    bar = cfg.trainer.progress and sys.stderr.isatty()
+    if bar:
+        callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
+    scalars = [name for name in task.metrics() if name != "confusion"]
+    loggers = [MetricsCSV(run_dir / "metrics.csv", fold=fold.index, metrics=sorted(scalars))]
+    loggers += cfg.logger.build(run_dir, name=f"{run_dir.name}/{folder.name}", config=vars(cfg))
+    trainer = make_trainer(
+        cfg,
+        folder,
+        max_epochs=cfg.trainer.max_epochs,
+        gradient_clip_val=cfg.trainer.clip_norm,
+        callbacks=callbacks,
+        logger=loggers,
+        log_every_n_steps=1,
+        enable_checkpointing=True,
+        enable_progress_bar=bar,
+    )
+    micro = micro_batch_size(cfg, trainer.num_devices * trainer.num_nodes)
+    trainer.accumulate_grad_batches = cfg.data.batch_size // (micro * trainer.num_devices * trainer.num_nodes)
+    last = checkpoints / "last.ckpt"
+    done = torch.load(last, weights_only=True)["epoch"] + 1 if last.is_file() else 0
+    cut(run_dir / "metrics.csv", fold=fold.index, first_epoch=done)
+    loader = FoldData(
+        fold, batch_size=micro, eval_batch_size=cfg.data.batch_size, seed=cfg.seed, num_workers=cfg.data.num_workers
+    )
+    loader.start_epoch = done
+    with interruptible(run_dir):
+        trainer.fit(built.module, datamodule=loader, ckpt_path=last if done else None, weights_only=True)
+    best = torch.load(checkpoint.best_model_path or last, map_location="cpu", weights_only=True)
+    built.module.load_state_dict(best["state_dict"], strict=False)
+    return int(best["epoch"])
+
+
+@contextmanager
+def interruptible(run_dir: Path) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into Interrupted, which names the command that continues the run."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in previous:
+            signal.signal(number, stop)
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns the first into the second
+        raise Interrupted(f"stopped; continue by `coeft resume {shlex.quote(shorten_home(str(run_dir)))}`") from error
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def measure(cfg: TrainConfig, built: Assembled, part: Part) -> tuple[dict[str, Any], torch.Tensor]:
+    """All metrics of a model on labelled images, per_class_accuracy among them, and the confusion matrix."""
+    trainer = make_trainer(cfg, Path.cwd())
+    loader = FoldData.evaluation_loader(part, batch_size=cfg.data.batch_size, num_workers=cfg.data.num_workers)
+    [scalars] = trainer.test(built.module, dataloaders=loader, verbose=False)
+    confusion = built.module.confusion
+    assert confusion is not None
+    metrics: dict[str, Any] = {name: float(value) for name, value in sorted(scalars.items())}
+    return metrics | {"per_class_accuracy": per_class_accuracy(confusion)}, confusion
+
+
+class EpochLog(L.Callback):
+    """One line per epoch: the losses, the monitored metric and the training throughput."""
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        self.cfg = cfg
+        self.begun = 0.0
+        self.seen = 0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.begun, self.seen = time.monotonic(), module.samples_seen  # type: ignore[assignment]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        logged = trainer.callback_metrics
+        parts = [f"epoch {trainer.current_epoch}", f"loss {float(logged['train/loss']):.4f}"]
+        for name in ("val/loss", f"val/{self.cfg.task.metric}"):
+            if name in logged and f"{name} " not in "".join(parts):
+                parts.append(f"{name} {float(logged[name]):.4f}")
+        rate = (module.samples_seen - self.seen) / max(1e-9, time.monotonic() - self.begun)  # type: ignore[operator]
+        log.info("%s, %.0f images/s", ", ".join(parts), rate)
+
+
+def _results(
+    cfg: TrainConfig, run_dir: Path, outcomes: list[Outcome], class_names: list[str], started: float
+) -> dict[str, Any]:
+    """The content of results.json, and the pictures over all folds."""
+    scored = outcomes[: cfg.cv.folds] if cfg.cv.folds > 1 else outcomes
+    values = [outcome.row["value"] for outcome in scored if outcome.row["value"] is not None]
+    mean = statistics.fmean(values) if values else None
+    tests = [outcome.test for outcome in scored if outcome.test is not None]
+    heldout = [outcome.heldout for outcome in scored if outcome.heldout is not None]
+    confusions = [torch.tensor(outcome.confusion) for outcome in scored if outcome.confusion is not None]
+    (run_dir / "plots").mkdir(exist_ok=True)
+    plots.curves(run_dir / "metrics.csv", cfg.task.metric, run_dir / "plots" / "curves.png")
+    if confusions:
+        plots.confusion(torch.stack(confusions).sum(0), class_names, run_dir / "plots" / "confusion.png")
+    seconds = sum(outcome.fit_s for outcome in outcomes)
+    return {
+        "recipe": cfg.recipe,
+        "status": "completed",
+        "metric": cfg.task.metric,
+        "value": mean,
+        "mean": mean,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "folds": [outcome.row for outcome in scored],
+        "heldout": mean_metrics(heldout) if heldout else None,
+        "test": mean_metrics(tests) if tests else None,
+        "trainable_params": outcomes[0].counts["trainable"],
+        "adapter_params": outcomes[0].counts["adapter"],
+        "total_params": outcomes[0].counts["total"],
+        "wall_s": round(time.monotonic() - started, 3),
+        "samples_per_s": round(sum(outcome.samples_seen for outcome in outcomes) / seconds, 2),
+        "peak_rss_mb": peak_rss_mb(),
+        "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_available() else None,
+        "seed": cfg.seed,
+    }
+
+
+def mean_metrics(tests: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over models of every metric; element by element for those that are lists, None where all are."""
+    means: dict[str, Any] = {}
+    for name, value in tests[0].items():
+        if isinstance(value, list):
+            columns = zip(*(test[name] for test in tests), strict=True)
+            kept = [[entry for entry in column if entry is not None] for column in columns]
+            means[name] = [statistics.fmean(column) if column else None for column in kept]
+        else:
+            means[name] = statistics.fmean(test[name] for test in tests)
+    return means
