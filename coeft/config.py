@@ -4,12 +4,18 @@ Each group's options are dataclasses beside what they configure (`coeft/methods/
 their `kind`: the name of the file. The command line fills them from YAML and overrides; Python users build them.
 """
 
-from dataclasses import dataclass, field, is_dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import MISSING
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from coeft.errors import UserError, near
 
@@ -127,6 +133,415 @@ def settings_class(group: str, kind: str) -> type:
         raise UserError(f"{group}: no kind {kind!r}; {near(str(kind), kinds(group))}")
     module = import_module(f"coeft.{FOLDERS[group]}.{kind}")
     name = kind.replace("_", "")
-    found = [value for key, value in vars(module).items() if key.lower() == name and is_dataclass(value)]
+    found = [value for key, value in vars(module).items() if key.lower() == name and isinstance(value, type)]
     assert len(found) == 1, f"coeft/{FOLDERS[group]}/{kind}.py must define one dataclass called like the file"
     return found[0]
+
+
+def from_dict(
+    tree: Mapping[str, Any],
+    *,
+    allow_custom_targets: bool = False,
+    locate: Callable[[str], str] = lambda key: "",
+    mistakes: Iterable[str] = (),
+) -> TrainConfig:
+    """The checked config of a tree of plain values, as a config file or Hydra gives it.
+
+    A method of `peft` without a `kind` is outside the stack: its settings are checked, then left out.
+
+    Args:
+        tree: key -> value, interpolations resolved. Paths that start with ~/ are expanded.
+        allow_custom_targets: the user has allowed classes named by `_target_`.
+        locate: where a key was set, as a prefix of the message about it, such as "mine.yaml, line 3: ".
+        mistakes: what the caller found wrong already, shown with the rest.
+    Raises:
+        UserError: everything that is wrong, one line each.
+    """
+    check = _Check(allow_custom_targets, locate, list(mistakes))
+    plain = _map_text(dict(tree), _expand_home)
+    check.refuse_keys(plain)
+    chosen: dict[str, Any] = {}
+    for group in FOLDERS:
+        node = plain.pop(group, MISSING if group != "peft" else {})
+        chosen[group] = check.stack(node) if group == "peft" else check.option(group, node)
+    plain["allow_custom_targets"] = allow_custom_targets
+    config = check.settings(TrainConfig, plain, "", skip=frozenset(FOLDERS))
+    if check.mistakes or config is None:
+        raise UserError(_listed(check.mistakes))
+    return replace(config, **chosen)
+
+
+def load_config(path: str | Path, *, allow_custom_targets: bool = False) -> TrainConfig:
+    """The checked config of a file that `to_yaml` wrote, such as RUN/config.yaml.
+
+    Raises:
+        UserError: no such file, not YAML, or a config that `from_dict` refuses.
+    """
+    path = Path(path).expanduser()
+    tree = read_yaml(path)
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
+    assert isinstance(plain, dict)
+    return from_dict(
+        {str(key): value for key, value in plain.items()},
+        allow_custom_targets=allow_custom_targets,
+        locate=lambda key: f"{path}: ",
+    )
+
+
+def apply_overrides(config: TrainConfig, overrides: Mapping[str, Any], *, allowed: Iterable[str]) -> TrainConfig:
+    """A finished run's config with other values, such as {"data.root": "/images"}, for what reads it again.
+
+    A group's own key, as in {"data": "image_folder", "data.root": "/images"}, picks another option with its
+    defaults; a mapping in place of the name gives its settings.
+
+    Args:
+        allowed: the first parts of keys that may be changed.
+    Raises:
+        UserError: another key, or a config that `from_dict` refuses.
+    """
+    allowed = list(allowed)
+    tree = to_dict(config)
+    wrong = []
+    for key, value in sorted(overrides.items()):  # "data" before "data.root"
+        head, *inner = key.split(".")
+        if head not in allowed:
+            wrong.append(f"{key}: only settings of {' and '.join(allowed)} can be changed here")
+        elif not inner:
+            tree[head] = {"kind": value} if head in FOLDERS and isinstance(value, str) else value
+        else:
+            node = tree[head]
+            for part in inner[:-1]:
+                node = node.setdefault(part, {})
+            node[inner[-1]] = value
+    return from_dict(tree, allow_custom_targets=config.allow_custom_targets, mistakes=wrong)
+
+
+def method_settings(node: Mapping[str, Any], where: str) -> Any:
+    """The settings object of one method, from plain values with its `kind`.
+
+    Args:
+        where: the file that the values come from, for messages.
+    Raises:
+        UserError: an unknown kind or key, or a value of a wrong type or out of range.
+    """
+    check = _Check(False, lambda key: f"{where}: ", [])
+    check.refuse_keys(node)
+    settings = check.stack({str(node.get("kind")): {"kind": None, **node}})
+    if check.mistakes:
+        raise UserError(_listed(check.mistakes))
+    return next(iter(settings.values()))
+
+
+def to_yaml(config: TrainConfig, *, keep_run_dir: bool = False) -> str:
+    """The config as YAML that `load_config` and `coeft train recipe=FILE` read back to an equal one.
+
+    `run_dir` is written as null, so that repeating a run from its config makes a new one. Paths under the home
+    folder are written ~/...
+
+    Raises:
+        UserError: a key that looks like a secret has a value.
+    """
+    tree = to_dict(config if keep_run_dir else replace(config, run_dir=None))
+    check = _Check(config.allow_custom_targets, lambda key: "", [])
+    check.refuse_keys(tree)
+    if check.mistakes:
+        raise UserError(_listed(check.mistakes))
+    home = str(Path.home())
+    if home != "/":
+        under_home = re.compile(rf"(^|=){re.escape(home)}(?=/|$)")  # after "=": inside the overrides of a suite
+        tree = _map_text(tree, lambda text: under_home.sub(r"\1~", text))
+    # "${" that is left in a checked config is meant literally
+    tree = _map_text(tree, lambda text: re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text))
+    return OmegaConf.to_yaml(OmegaConf.create(tree))  # quotes text that would be read back as another type
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config, or the settings of one option, as plain values; a user's own class keeps its `_target_`."""
+    tree: dict[str, Any] = {}
+    own = not type(config).__module__.startswith("coeft.")
+    if own:
+        tree["_target_"] = f"{type(config).__module__}.{type(config).__qualname__}"
+    for spec in fields(config):
+        tree[spec.name] = _plain(getattr(config, spec.name), own)
+    return tree
+
+
+def _plain(value: Any, own: bool) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value) if own else to_dict(value)  # inside a user's class its field says the type
+    if isinstance(value, Mapping):
+        return {key: _plain(item, own) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, own) for item in value]
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, interpolations as they stand.
+
+    Raises:
+        UserError: no such file, or not a mapping in YAML; names the file and the line.
+    """
+    try:
+        tree = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not YAML: {problem}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path}: a config is a mapping of keys to values")
+    plain = OmegaConf.to_container(tree)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def first_line(error: Exception) -> str:
+    """The first line of OmegaConf's message, and the key it is about."""
+    key = getattr(error, "full_key", None)
+    return (f"{key}: " if key else "") + str(error).splitlines()[0]
+
+
+def plain_keys(group: str, kind: str) -> dict[str, Any]:
+    """Key -> annotation of the settings of one option."""
+    return get_type_hints(settings_class(group, kind))
+
+
+class _Check:
+    """One pass over a config that collects what is wrong instead of stopping at the first."""
+
+    def __init__(self, allow_custom_targets: bool, locate: Callable[[str], str], mistakes: list[str]) -> None:
+        self.allow_custom_targets = allow_custom_targets
+        self.locate = locate
+        self.mistakes = mistakes
+
+    def wrong(self, key: str, message: str) -> None:
+        line = self.locate(key) + message
+        if line not in self.mistakes:
+            self.mistakes.append(line)
+
+    def refuse_keys(self, tree: Mapping[str, Any]) -> None:
+        """Classes named by the config, unless allowed, and values that look like secrets."""
+        for key, value in _leaves(tree):
+            name = key.rpartition(".")[2]
+            if name == "_target_" and not self.allow_custom_targets:
+                self.wrong(
+                    key,
+                    f"{key}: a config may name a class of your own only if you type allow_custom_targets=true; "
+                    "coeft's own are named by kind",
+                )
+            if value not in (None, "", [], {}) and _SECRET_KEY.search(name):
+                self.wrong(key, f"{key} looks like a secret; leave it out of configs, use an environment variable")
+            if isinstance(value, str) and _SECRET_URL.search(value):
+                self.wrong(key, f"{key} holds a password in an address; leave it out of configs")
+
+    def stack(self, node: Any) -> dict[str, Any]:
+        """The methods of `peft` in their order."""
+        if not isinstance(node, Mapping) or not all(isinstance(value, Mapping) for value in node.values()):
+            self.wrong("peft", "peft: choose the stack by peft=[coeff,lora], a method's settings by peft.lora.rank=8")
+            return {}
+        methods = {}
+        for name, settings in node.items():
+            in_stack = "kind" in settings or "_target_" in settings
+            if not in_stack and name not in kinds("peft"):
+                self.wrong(f"peft.{name}", f"peft.{name}: no such method; {near(str(name), kinds('peft'))}")
+                continue
+            built = self._typed("peft", f"peft.{name}", settings if in_stack else {"kind": name, **settings})
+            if in_stack:
+                methods[str(name)] = built
+        return methods
+
+    def option(self, group: str, node: Any) -> Any:
+        """The settings of a group that has one option."""
+        if node is None or node == MISSING:
+            self.wrong(group, f"{group} is required: {group}=NAME; {near('', kinds(group))}")
+        elif not isinstance(node, Mapping):
+            self.wrong(
+                group,
+                f"{group}: {node!r} is not a mapping of settings; choose an option by {group}={node} on the command "
+                f"line, or by - override /{group}: {node} in a recipe's defaults",
+            )
+        else:
+            return self._typed(group, group, node)
+        return None
+
+    def _typed(self, group: str, where: str, node: Mapping[str, Any]) -> Any:
+        settings = dict(node)
+        target = settings.pop("_target_", None)
+        kind = settings.get("kind")
+        if target is not None:
+            if not self.allow_custom_targets:
+                return None  # refuse_keys has said so
+            try:
+                schema = _custom_class(str(target))
+            except UserError as error:
+                self.wrong(f"{where}._target_", f"{where}._target_: {error}")
+                return None
+        elif not isinstance(kind, str) or kind not in kinds(group):
+            if kind is None:
+                message = f"{where} has settings but no kind: choose an option by {group}=NAME"
+            else:
+                message = f"{where}.kind: no kind {kind!r}; {near(str(kind), kinds(group))}"
+            self.wrong(f"{where}.kind", message)
+            return None
+        else:
+            schema = settings_class(group, kind)
+        return self.settings(schema, settings, where)
+
+    def settings(self, schema: type, node: Mapping[str, Any], where: str, skip: frozenset[str] = frozenset()) -> Any:
+        """An object of the dataclass with these values; None if something is wrong. Keys in `skip` may be missing."""
+        before = len(self.mistakes)
+        filled = _unlocked(OmegaConf.structured(schema))
+        given: list[str] = []
+        self._fill(filled, node, where, "", given)
+        missing = [key for key in sorted(OmegaConf.missing_keys(filled)) if key not in skip]
+        for key in missing:
+            full = _join(where, key)
+            self.wrong(full, f"{full} is required: type {full}=VALUE, or set it in the recipe")
+        if len(self.mistakes) > before:
+            return None
+        for key in skip.intersection(OmegaConf.missing_keys(filled)):
+            filled[key] = None  # the caller fills it in
+        try:
+            return OmegaConf.to_object(filled)
+        except UserError as error:
+            self._ranges(schema, filled, where, given, skip, error)
+            return None
+
+    def _fill(self, filled: DictConfig, node: Mapping[str, Any], where: str, inside: str, given: list[str]) -> None:
+        schema = OmegaConf.get_type(filled)
+        assert is_dataclass(schema)
+        hints = get_type_hints(schema)
+        for key, value in node.items():
+            full = _join(where, str(key))
+            if key not in hints:
+                self.wrong(full, f"{full}: no such key; {near(str(key), hints)}")
+                continue
+            if value == MISSING:
+                continue
+            below = OmegaConf.get_type(filled, key)
+            if is_dataclass(below) and isinstance(value, Mapping) and isinstance(filled[key], DictConfig):
+                self._fill(filled[key], value, full, _join(inside, key), given)
+                continue
+            if is_dataclass(below) and value is not None and not isinstance(value, Mapping):
+                keys = ", ".join(f"{full}.{spec.name}" for spec in fields(below))
+                self.wrong(full, f"{full} is not a value of its own but has the keys {keys}; it cannot be {value!r}")
+                continue
+            try:
+                OmegaConf.update(filled, key, value, merge=False)
+            except OmegaConfBaseException:
+                self.wrong(full, f"{full} must be {_words(hints[key])}, not {value!r}")
+            else:
+                given.append(_join(inside, key))
+
+    def _ranges(
+        self, schema: type, filled: DictConfig, where: str, given: list[str], skip: frozenset[str], error: UserError
+    ) -> None:
+        """Report every value that is out of its range, not only the one that __post_init__ met first."""
+        required = [*OmegaConf.missing_keys(OmegaConf.structured(schema)), *skip]
+        found = False
+        for key in given:
+            alone = _unlocked(OmegaConf.structured(schema))
+            for name in {*required, key}:
+                OmegaConf.update(alone, name, OmegaConf.select(filled, name), merge=False)
+            try:
+                OmegaConf.to_object(alone)
+            except UserError as own:
+                self.wrong(_join(where, key), str(own))
+                found = True
+        if not found:
+            self.wrong(where, str(error))  # values that are wrong only together
+
+
+_SECRET_KEY = re.compile(
+    r"secret|passw|credential|api_?key|access_?key|private_?key|^token$|(auth|access|api|hf|hub|wandb|bearer)_?token",
+    re.IGNORECASE,
+)
+_SECRET_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
+
+
+def _custom_class(target: str) -> type:
+    """The dataclass that a user's `_target_` names."""
+    module, _, name = target.rpartition(".")
+    if not module:
+        raise UserError(f"{target!r} must be a module and a class, such as my_methods.Mine")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{error}; is its folder on PYTHONPATH?") from error
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise UserError(f"{target} is not a dataclass")
+    return found
+
+
+def _unlocked(node: DictConfig) -> DictConfig:
+    """The node with what frozen dataclasses made read-only writable again."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            _unlocked(node[key])
+    return node
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _leaves(tree: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a tree that is not a mapping; an empty mapping counts as a value."""
+    for key, value in tree.items():
+        full = _join(inside, str(key))
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, full)
+            continue
+        yield full, value
+        for number, item in enumerate(value if isinstance(value, list | tuple) else ()):
+            yield from _leaves({f"{number}": item}, full)
+
+
+def _map_text(node: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(node, str):
+        return change(node)
+    if isinstance(node, Mapping):
+        return {str(key): _map_text(value, change) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_map_text(item, change) for item in node]
+    return node
+
+
+def _expand_home(text: str) -> str:
+    return str(Path.home()) + text[1:] if text == "~" or text.startswith("~/") else text
+
+
+def _words(annotation: Any) -> str:
+    """A type as a user would say it."""
+    if get_origin(annotation) in (Union, UnionType):
+        options = [_words(option) for option in get_args(annotation) if option is not type(None)]
+        return " or ".join([*options, "null"] if type(None) in get_args(annotation) else options)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if annotation in names:
+        return names[annotation]
+    if get_origin(annotation) in (list, tuple, Sequence):
+        items = {int: " of whole numbers", float: " of numbers", str: " of texts"}
+        arguments = get_args(annotation)
+        return "a list" + (items.get(arguments[0], "") if arguments else "")
+    if get_origin(annotation) is dict:
+        key, value = get_args(annotation)
+        return "a mapping from names" + ("" if value is Any else f" to {_words(value)}")
+    return str(annotation)
+
+
+def _listed(mistakes: list[str], most: int = 12) -> str:
+    """The lines, the first ones if there are many."""
+    rest = len(mistakes) - most
+    return "\n".join(mistakes[:most] + ([f"and {rest} more"] if rest > 0 else []))

@@ -1,0 +1,57 @@
+"""Weights & Biases, besides metrics.csv. The API key comes from `wandb login` or WANDB_API_KEY, never from a config."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coeft.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+MODES = ("online", "offline", "disabled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Where the run appears."""
+
+    kind: str = "wandb"
+    project: str = "coeft"
+    entity: str | None = None
+    """User or team; null is the account's default."""
+    mode: str = "online"
+    """online, offline (RUN/wandb, uploaded later by `wandb sync`) or disabled."""
+    name: str | None = None
+    """Name of the run; null is the run directory's, with the fold."""
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"logger.mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+        if not self.project.strip():
+            raise UserError("logger.project must not be empty")
+
+    def build(self, run_dir: Path, name: str, config: dict[str, Any]) -> list["Logger"]:
+        """A logger whose local files lie in RUN/wandb; none if it is disabled.
+
+        Args:
+            name: of the run, if the settings give none.
+            config: shown with the run.
+        """
+        if self.mode == "disabled":
+            return []
+        from lightning.pytorch.loggers import WandbLogger
+
+        logger = WandbLogger(
+            name=self.name or name,
+            save_dir=run_dir,
+            project=self.project,
+            offline=self.mode == "offline",
+            entity=self.entity,
+            tags=list(self.tags),
+            group=self.name or name.partition("/")[0],  # the folds of one run side by side
+            reinit="create_new",  # folds are separate runs of one process
+        )
+        logger.log_hyperparams(config)
+        return [logger]
