@@ -1,0 +1,175 @@
+"""Batches of one fold for Lightning, in an order that follows from the seed alone."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from coeft.data._data import Part
+from coeft.data._folds import Fold
+from coeft.seeding import derive
+
+Batch = dict[str, Tensor]
+
+
+class Images(Dataset):
+    """A part as a map-style data set that hands out whole batches."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._labels = torch.from_numpy(np.array(part.labels, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> Batch:
+        """The batch of one image."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """pixel_values uint8 (B, C, H, W) and labels int64 (B,)."""
+        pixels = torch.from_numpy(self.part.fetch(indices))
+        return {"pixel_values": pixels, "labels": self._labels[torch.as_tensor(indices, dtype=torch.int64)]}
+
+
+def _whole(batch: Any) -> Any:
+    """Images makes batches itself, so there is nothing to collate."""
+    return batch
+
+
+def _ranks() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class TrainOrder(DistributedSampler):
+    """A new permutation each epoch, from derive(seed, "order", fold, epoch); each process takes its share of it.
+
+    Under several processes the permutation is continued from its start until all have equally many. The base class
+    only tells Lightning not to put a sampler of its own in the place of this one; rank and size are asked for late.
+    """
+
+    def __init__(self, length: int, *, seed: int, fold: int, epoch: int = 0) -> None:
+        self.length = length
+        self.seed = seed
+        self.fold = fold
+        self.epoch = epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order the next iterator gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.length / _ranks()[1])
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world = _ranks()
+        order = np.random.default_rng(derive(self.seed, "order", self.fold, self.epoch)).permutation(self.length)
+        order = np.resize(order, len(self) * world)
+        return iter(order[rank::world].tolist())
+
+
+class EvalOrder(DistributedSampler):
+    """Every image once, in order; each process takes every world-th, so that no image counts twice."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: the order is always the same."""
+
+    def __len__(self) -> int:
+        rank, world = _ranks()
+        return len(range(rank, self.length, world))
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world = _ranks()
+        return iter(range(rank, self.length, world))
+
+
+def equal_batches(length: int, batch_size: int, world: int) -> int:
+    """The largest batch size up to batch_size with which all processes have equally many batches of EvalOrder.
+
+    With fewer batches a process would wait for ever in a collective operation of the others.
+    """
+    fewest = length // world
+    if world == 1 or length % world == 0:
+        return batch_size
+    for size in range(batch_size, 1, -1):
+        if math.ceil(fewest / size) == math.ceil((fewest + 1) / size):
+            return size
+    return batch_size
+
+
+class FoldData(lightning.LightningDataModule):
+    """Loaders of the parts of one fold; batches as {"pixel_values": uint8 (B, C, H, W), "labels": int64 (B,)}.
+
+    Args:
+        batch_size: samples per process and training batch; the last batch of an epoch may be smaller.
+        eval_batch_size: the same for validation, held-out and test batches.
+        seed: of the order.
+        num_workers: processes that fetch batches; the batches are the same for any number.
+    """
+
+    def __init__(self, fold: Fold, *, batch_size: int, eval_batch_size: int, seed: int, num_workers: int) -> None:
+        super().__init__()
+        self.fold = fold
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.start_epoch = 0
+        """The first epoch that is trained. Lightning makes the first iterator, and workers fetch ahead, before it
+        sets the sampler's epoch, so this has to be right before fit; a trainer that resumes is asked for it."""
+
+    def train_dataloader(self) -> DataLoader:
+        resumed = self.trainer.current_epoch if self.trainer is not None else 0
+        epoch = max(self.start_epoch, resumed)
+        order = TrainOrder(len(self.fold.train), seed=self.seed, fold=self.fold.index, epoch=epoch)
+        return self._loader(self.fold.train, order, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._eval_loader(self.fold.val)
+
+    def heldout_dataloader(self) -> DataLoader | list:
+        """For trainer.test(dataloaders=...): the fold that is scored once."""
+        return self._eval_loader(self.fold.heldout)
+
+    def test_dataloader(self) -> DataLoader | list:
+        return self._eval_loader(self.fold.test)
+
+    @staticmethod
+    def evaluation_loader(part: Part, *, batch_size: int, num_workers: int) -> DataLoader:
+        """Batches of a part in its order, for evaluation and prediction outside a fold."""
+        size = equal_batches(len(part), batch_size, _ranks()[1])
+        return DataLoader(
+            Images(part), batch_size=size, sampler=EvalOrder(len(part)), num_workers=num_workers, collate_fn=_whole
+        )
+
+    def _eval_loader(self, part: Part | None) -> DataLoader | list:
+        """An empty list, which Lightning takes for no data, if there is no such part."""
+        if part is None:
+            return []
+        size = equal_batches(len(part), self.eval_batch_size, _ranks()[1])
+        return self._loader(part, EvalOrder(len(part)), size)
+
+    def _loader(self, part: Part, order: TrainOrder | EvalOrder, batch_size: int) -> DataLoader:
+        return DataLoader(
+            Images(part),
+            batch_size=batch_size,
+            sampler=order,
+            num_workers=self.num_workers,
+            collate_fn=_whole,
+            pin_memory=torch.cuda.is_available(),
+            # A loader draws a seed for its workers; from here, not from the global generator of the training steps.
+            generator=torch.Generator().manual_seed(derive(self.seed, "workers", self.fold.index)),
+        )

@@ -1,0 +1,162 @@
+"""Settings that every kind of image data has."""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from omegaconf import MISSING
+
+from coeft.errors import UserError, near
+
+if TYPE_CHECKING:
+    from coeft.data._source import Source
+
+PARTS = ("train", "val", "test")
+AUGMENTATIONS = ("flip", "random_resized_crop", "randaugment")
+AUTO = "auto"
+USUAL = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """Which images are used, how they are resized, and how they are fed."""
+
+    kind: str = ""
+    splits: dict[str, str | None] = field(default_factory=lambda: {"train": "train", "val": None, "test": "test"})
+    """train, val and test -> the name that the source gives this split; null is none."""
+    n_train: int | None = None
+    """Images of the training part, class-balanced, drawn from the seed; null is all."""
+    n_val: int | None = None
+    """The same for the validation part; taken out of the training part if the data has no validation split."""
+    n_test: int | None = None
+    """The same for the test part; taken out of the training part if the data has no test split."""
+    fraction: float | None = None
+    """Share of the training part, in (0, 1], that keeps its class proportions; null is all."""
+    batch_size: int = 64
+    """Samples per optimizer step, over all devices."""
+    num_workers: int = 0
+    """Processes that fetch batches, and threads that decode images; 0 fetches in the main process."""
+    on_error: str = "raise"
+    """raise or skip: what an unreadable image does. Skipped images are counted and listed."""
+    image_size: int | None = None
+    """Height and width in pixels; null is the backbone's."""
+    resize: str | None = None
+    """crop: resize the shorter side, crop the centre. squash: resize both sides. null: the backbone's."""
+    interpolation: str | None = None
+    """bicubic, bilinear or nearest; null is the backbone's."""
+    mean: list[float] | None = None
+    """Per channel, of pixels scaled to [0, 1]; null is the backbone's."""
+    std: list[float] | None = None
+    crop_pct: float | None = None
+    """Share of the resized shorter side that the centre crop keeps (resize=crop only); null is the backbone's."""
+    augment: list[str] = field(default_factory=list)
+    """Any of flip, random_resized_crop, randaugment, applied in this order to training batches."""
+
+    def __post_init__(self) -> None:
+        for key in self.splits:
+            if key not in PARTS:
+                raise UserError(f"data.splits has no key {key!r}; {near(str(key), PARTS)}")
+        for key in ("n_train", "n_val", "n_test", "image_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"data.{key} must be 1 or more, or null, not {value}")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise UserError(f"data.fraction must be in (0, 1], or null, not {self.fraction}")
+        if self.fraction is not None and self.n_train is not None:
+            raise UserError("data.fraction and data.n_train both choose the training images; set one of them to null")
+        if self.batch_size < 1:
+            raise UserError(f"data.batch_size must be 1 or more, not {self.batch_size}")
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers must be 0 or more, not {self.num_workers}")
+        if self.on_error not in ("raise", "skip"):
+            raise UserError(f"data.on_error must be raise or skip, not {self.on_error!r}")
+        if self.resize not in (None, "crop", "squash"):
+            raise UserError(f"data.resize must be crop, squash or null, not {self.resize!r}")
+        if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
+            raise UserError(
+                f"data.interpolation must be one of {', '.join(INTERPOLATIONS)}, not {self.interpolation!r}"
+            )
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise UserError(f"data.crop_pct must be in (0, 1], or null, not {self.crop_pct}")
+        for value in self.mean or []:
+            if not math.isfinite(value):
+                raise UserError(f"data.mean must be finite numbers, not {list(self.mean or [])}")
+        for value in self.std or []:
+            if not (value > 0 and math.isfinite(value)):
+                raise UserError(f"data.std must be positive numbers, not {list(self.std or [])}")
+        for name in self.augment:
+            if name not in AUGMENTATIONS:
+                raise UserError(f"data.augment: no augmentation {name!r}; {near(str(name), AUGMENTATIONS)}")
+        if len(set(self.augment)) < len(self.augment):
+            raise UserError(f"data.augment names an augmentation twice: {', '.join(self.augment)}")
+
+    def load(self, seed: int, group: str | None = None) -> "Source":
+        """The splits with their labels; images are not decoded yet.
+
+        Args:
+            seed: of draws that the source itself makes, if any.
+            group: column whose values `Split.groups` holds; null is none.
+
+        Raises:
+            UserError: the data is missing, broken, or has no such split or column.
+        """
+        raise NotImplementedError
+
+    def split_name(self, part: str) -> str | None:
+        """The source's name of train, val or test, or None."""
+        return self.splits.get(part)
+
+
+def required(key: str, value: str | None, example: str) -> str:
+    """The value of a setting that has no default.
+
+    Raises:
+        UserError: it was not given.
+    """
+    if value is None or value == MISSING or not str(value).strip():
+        raise UserError(f"{key} is missing: give it as {key}={example}")
+    return str(value)
+
+
+def no_groups(kind: str, group: str | None) -> None:
+    """Refuse a group column for data that has no columns."""
+    if group is not None:
+        raise UserError(f"cv.group={group}: data={kind} has no column to group by; set cv.group=null")
+
+
+def usual_name(part: str, names: list[str]) -> str | None:
+    """The split among `names` that is commonly used as train, val or test, in any case; None if there is none."""
+    for usual in USUAL[part]:
+        for name in names:
+            if name.lower() == usual:
+                return name
+    return None
+
+
+def choose_splits(settings: ImageData, names: list[str], *, source: str) -> dict[str, str | None]:
+    """train, val, test -> name of a split that exists, or None; `auto` is the split of a usual name if there is one.
+
+    Raises:
+        UserError: a name is not among `names`, two parts name the same split, or there is none for training.
+    """
+    chosen = {part: settings.split_name(part) for part in PARTS}
+    for part, name in chosen.items():
+        if name == AUTO and AUTO not in names:
+            chosen[part] = usual_name(part, names)
+            if part == "train" and chosen[part] is None:
+                if len(names) > 1:
+                    listed = ", ".join(names)
+                    raise UserError(f"data.splits.train: {source} has no split called train; name one of {listed}")
+                chosen[part] = names[0]
+    for part, name in chosen.items():
+        if name is not None and name not in names:
+            raise UserError(f"data.splits.{part}: {source} has no split {name!r}; {near(name, names)}")
+    if chosen["train"] is None:
+        raise UserError(f"data.splits.train is null: there is nothing to train on; {source} has {', '.join(names)}")
+    used = [name for name in chosen.values() if name is not None]
+    for name in used:
+        if used.count(name) > 1:
+            parts = " and ".join(f"data.splits.{part}" for part, other in chosen.items() if other == name)
+            raise UserError(f"{parts} both name {name!r}: the same images would train and test; set one to null")
+    return chosen

@@ -1,0 +1,147 @@
+"""Images as their source gives them: labels at hand, pixels not yet decoded."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DIGEST_BYTES = 16
+CHUNK = 256  # images read ahead of the threads that work on them
+
+
+@dataclass(kw_only=True)
+class Split:
+    """Some images of one source, in a fixed order."""
+
+    items: Sequence[Path] | Sequence[bytes] | np.ndarray
+    """Files, encoded images, or pixels: uint8 (N, H, W) or (N, H, W, C)."""
+    labels: np.ndarray
+    """int64 (N,), indices into the class names."""
+    names: Sequence[str]
+    """What a message calls each image; unique, relative to the data's folder."""
+    groups: np.ndarray | None = None
+    """(N,) values of the group column as text."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: np.ndarray) -> "Split":
+        """The images at these positions, in this order."""
+        items = self.items[indices] if isinstance(self.items, np.ndarray) else Chosen(self.items, indices)
+        return Split(
+            items=items,
+            labels=self.labels[indices],
+            names=[self.names[i] for i in indices],
+            groups=None if self.groups is None else self.groups[indices],
+        )
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """uint8 (N, 16): a hash of the bytes of each file, or of each array of pixels with its shape."""
+        digests = np.zeros((len(self), DIGEST_BYTES), np.uint8)
+
+        def fill(start: int, item: Any) -> None:
+            digests[start] = np.frombuffer(_digest(item), np.uint8)
+
+        over_threads(fill, self.items, threads=default_threads())
+        return digests
+
+
+@dataclass(frozen=True)
+class Chosen(Sequence):
+    """Some items of a sequence, fetched when asked for."""
+
+    base: Sequence
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.base[int(self.indices[index])]
+
+
+@dataclass(kw_only=True)
+class Source:
+    """Everything a run may use of one data set."""
+
+    train: Split
+    val: Split | None = None
+    test: Split | None = None
+    class_names: list[str]
+    warnings: list[str] = field(default_factory=list)
+    """What the user should know, such as files that were left out."""
+
+    @property
+    def splits(self) -> dict[str, Split | None]:
+        """train, val, test -> images or None."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all images, labels and class names; the same on any machine."""
+        return fingerprint(self.splits, self.class_names)
+
+
+def fingerprint(splits: dict[str, Split | None], class_names: Sequence[str]) -> str:
+    """32 hexadecimal digits that follow from contents, labels, groups, order and class names, not from paths."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr(list(class_names)).encode())
+    for part, split in splits.items():
+        if split is None:
+            continue
+        digest.update(f"{part} {len(split)}".encode())
+        digest.update(split.digests.tobytes())
+        digest.update(np.ascontiguousarray(split.labels, "<i8").tobytes())
+        if split.groups is not None:
+            digest.update(repr([str(group) for group in split.groups]).encode())
+    return digest.hexdigest()
+
+
+def _digest(item: Any) -> bytes:
+    """A hash of 16 bytes of a file, of bytes or of an array."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    if isinstance(item, np.ndarray):
+        digest.update(repr(item.shape).encode())
+        digest.update(np.ascontiguousarray(item).data)
+    elif isinstance(item, bytes):
+        digest.update(item)
+    else:
+        try:
+            with open(item, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:  # reading it again for its pixels reports this to the user
+            digest.update(b"unreadable" + str(error.errno).encode())
+    return digest.digest()
+
+
+def default_threads() -> int:
+    """Threads for work that leaves Python's lock: at most 8, at most the machine's cores."""
+    return min(8, os.cpu_count() or 1)
+
+
+def over_threads(
+    work: Callable[[int, Any], None],
+    items: Sequence[Any] | np.ndarray,
+    *,
+    threads: int,
+    after: Callable[[int], None] = lambda done: None,
+) -> None:
+    """work(index, item) for every item; items are fetched here, in order, and `after(done)` follows each chunk.
+
+    Fetching stays in one thread because lazily decoded sequences need not be safe in several.
+    """
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        for start in range(0, len(items), CHUNK):
+            stop = min(start + CHUNK, len(items))
+            futures = [pool.submit(work, index, items[index]) for index in range(start, stop)]
+            for future in futures:
+                future.result()
+            after(stop)
