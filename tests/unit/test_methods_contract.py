@@ -1,0 +1,212 @@
+"""What every PEFT method promises. The folder coeft/methods is the list: a new method is tested by being there."""
+
+import copy
+import dataclasses
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coeft.adapt import Stack, count_parameters, merge
+from coeft.attention.timm import find_sites
+from coeft.backbones._backbone import Backbone, Preprocessing
+from coeft.config import kinds, settings_class
+
+KINDS = kinds("peft")
+DIM, DEPTH, HEADS = 48, 2, 3
+
+# Trained numbers for the model below with default settings, by the formula on each method's card. A new method adds
+# its own here; without it test_the_count_is_that_of_the_card fails.
+WEIGHTS = DIM * 3 * 64 + DIM + 17 * DIM + DIM + 2 * DIM + DEPTH * (12 * DIM**2 + 13 * DIM)
+COUNTS = {
+    "coeff": DEPTH * HEADS**2,
+    "lora": DEPTH * 8 * ((DIM + 3 * DIM) + (DIM + DIM)),
+    "bitfit": DIM + DIM + DEPTH * 11 * DIM,
+    "full": WEIGHTS,
+}
+
+
+def fresh() -> Backbone:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, num_classes=5
+    ).eval()
+    sites, refusal = find_sites(model)
+    return Backbone(
+        name="vit_test",
+        kind="timm",
+        model=model,
+        preprocessing=Preprocessing(
+            image_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0
+        ),
+        sites=sites,
+        refusal=refusal,
+        blocks=[f"blocks.{i}" for i in range(DEPTH)],
+    )
+
+
+def attached(*methods: str, seed: int = 0) -> tuple[Backbone, Stack]:
+    backbone, stack = fresh(), Stack({kind: settings_class("peft", kind)() for kind in methods})
+    stack.attach(backbone, seed)
+    return backbone, stack
+
+
+def images(size: int = 4) -> Tensor:
+    return torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def train(model: nn.Module, steps: int = 3) -> None:
+    """A few steps of AdamW on random labels."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    torch.manual_seed(3)
+    labels = torch.tensor([0, 1, 2, 3])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images()), labels).backward()
+        optimizer.step()
+    model.eval()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_the_folder_holds_the_promised_methods() -> None:
+    assert {"coeff", "lora", "bitfit", "full"} <= set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_config_file_is_the_dataclass(kind: str) -> None:
+    """conf/peft/KIND.yaml has `kind` first and then every field with its default, in the package peft.KIND."""
+    text = (Path(__file__).parents[2] / "conf" / "peft" / f"{kind}.yaml").read_text()
+    assert text.startswith(f"# @package peft.{kind}\nkind: {kind}\n")
+    settings = settings_class("peft", kind)()
+    assert yaml.safe_load(text) == dataclasses.asdict(settings)
+    json.dumps(dataclasses.asdict(settings))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_card_has_its_sections(kind: str) -> None:
+    card = import_module(f"coeft.methods.{kind}").__doc__ or ""
+    for section in ("What it trains", "Start", "When to take it", "Source", "Departures", "Checked against"):
+        assert f"\n{section} " in card, section
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_starts_at_the_pretrained_model_with_every_module_called(kind: str) -> None:
+    backbone, stack = attached(kind)
+    expected = fresh().model(images())
+    torch.testing.assert_close(stack.probe(backbone, images()), expected, rtol=1e-5, atol=1e-6)
+    assert list(fresh().model.state_dict()) == [
+        name for name in state(backbone.model) if name in fresh().model.state_dict()
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_count_is_that_of_the_card(kind: str) -> None:
+    assert kind in COUNTS, f"add the number of parameters that {kind} trains to COUNTS"
+    backbone, stack = attached(kind)
+    count = count_parameters(backbone, stack)
+    assert (count.adapter, count.head) == (COUNTS[kind], 5 * DIM + 5)
+    assert sum(row.parameters for row in stack.report()) == count.adapter
+    assert count.total == sum(p.numel() for p in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_owned_moves_and_all_of_it(kind: str) -> None:
+    backbone, stack = attached(kind)
+    before = state(backbone.model)
+    train(backbone.model)
+    moving = {*stack.parameters()[kind], "head.weight", "head.bias"}
+    for name, tensor in backbone.model.state_dict().items():
+        if name in moving:
+            assert not torch.equal(tensor, before[name]), f"{name} did not move"
+        else:
+            assert torch.equal(tensor, before[name]), f"{name} moved"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_into_a_fresh_model_it_is_the_same_to_the_bit(kind: str, tmp_path: Path) -> None:
+    backbone, stack = attached(kind)
+    train(backbone.model)
+    config, tensors = stack.attachments[0].pack()
+    assert all(name.startswith("base_model.model.") for name in tensors)
+    assert not any(name.startswith("base_model.model.head.") for name in tensors)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    config = json.loads(json.dumps(config))
+
+    again, other = attached(kind, seed=1)
+    again.model.head.load_state_dict(backbone.model.head.state_dict())
+    assert not torch.equal(again.model(images()), backbone.model(images()))
+    other.attachments[0].unpack(config, load_file(tmp_path / "adapter.safetensors"))
+    assert torch.equal(again.model(images()), backbone.model(images()))
+    for name, tensor in tensors.items():
+        assert torch.equal(other.attachments[0].pack()[1][name], tensor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_seeds_give_equal_training(kind: str) -> None:
+    first, _ = attached(kind)
+    train(first.model)
+    torch.manual_seed(77)
+    second, _ = attached(kind)
+    train(second.model)
+    assert all(torch.equal(tensor, state(first.model)[name]) for name, tensor in second.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_keeps_the_function_and_what_merges_leaves_a_plain_model(kind: str) -> None:
+    backbone, stack = attached(kind)
+    train(backbone.model)
+    expected, merges = backbone.model(images()), stack.attachments[0].merges
+    left = merge(backbone, stack)
+    assert left == ([] if merges else [kind])
+    torch.testing.assert_close(backbone.model(images()), expected, rtol=1e-5, atol=1e-5)
+    if merges:
+        plain = fresh().model
+        assert list(plain.state_dict()) == list(backbone.model.state_dict())
+        plain.load_state_dict(backbone.model.state_dict())
+        torch.testing.assert_close(plain(images()), expected, rtol=1e-5, atol=1e-5)
+    assert merge(backbone, stack) == left
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_and_no_samples_and_a_deep_copy(kind: str) -> None:
+    backbone, _ = attached(kind)
+    train(backbone.model)
+    copied = copy.deepcopy(backbone.model)
+    assert torch.equal(copied(images()), backbone.model(images()))
+    assert backbone.model(images(0)).shape == (0, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backbone.model(images()).isfinite().all()
+    base = fresh()
+    base.model.bfloat16()
+    Stack({kind: settings_class("peft", kind)()}).attach(base, 0)
+    output = base.model(images().bfloat16())
+    assert output.dtype == torch.bfloat16 and output.isfinite().all()
+
+
+def test_several_methods_in_one_stack_train_merge_and_reload_together() -> None:
+    methods = [kind for kind in KINDS if kind != "full"]
+    backbone, stack = attached(*methods)
+    before = state(backbone.model)
+    train(backbone.model)
+    owned = set().union(*stack.parameters().values()) | {"head.weight", "head.bias"}
+    moved = {name for name, tensor in backbone.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == owned
+
+    again, other = attached(*methods, seed=1)
+    again.model.head.load_state_dict(backbone.model.head.state_dict())
+    for ours, theirs in zip(stack.attachments, other.attachments, strict=True):
+        theirs.unpack(*ours.pack())
+    expected = backbone.model(images())
+    assert torch.equal(again.model(images()), expected)
+    assert merge(backbone, stack) == [a.method for a in other.attachments if not a.merges]
+    torch.testing.assert_close(backbone.model(images()), expected, rtol=1e-5, atol=1e-5)
