@@ -55,6 +55,9 @@ class LoRA(MethodSettings):
             raise UserError(f"peft.lora.alpha must be positive, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"peft.lora.dropout must be in [0, 1), not {self.dropout}")
+        for name, value in (("target_modules", self.target_modules), ("qkv", self.qkv)):
+            if value is not None and (isinstance(value, str) or not all(isinstance(item, str) for item in value)):
+                raise UserError(f"peft.lora.{name} must be a list of texts, or null, not {value!r}")
         if self.target_modules is not None and not self.target_modules:
             raise UserError("peft.lora.target_modules is empty: LoRA would attach to nothing; null takes the default")
         for pattern in self.target_modules or []:

@@ -119,6 +119,8 @@ def test_a_model_without_attention_asks_for_names() -> None:
         ({"dropout": 1.0}, "peft.lora.dropout must be in [0, 1), not 1.0"),
         ({"target_modules": []}, "peft.lora.target_modules is empty"),
         ({"target_modules": ["("]}, "peft.lora.target_modules: '(' is not a regular expression: missing )"),
+        ({"target_modules": "qkv"}, "peft.lora.target_modules must be a list of texts, or null, not 'qkv'"),
+        ({"qkv": "qv"}, "peft.lora.qkv must be a list of texts"),
         ({"qkv": []}, "peft.lora.qkv must name some of q, k and v"),
         ({"qkv": ["q", "q"]}, "each once"),
         ({"qkv": ["qv"]}, "not ['qv']"),
