@@ -19,7 +19,7 @@ Checked against  peft's LoraConfig: outputs, gradients, merged weights, files (t
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coeft.errors import UserError
 from coeft.methods._settings import MethodSettings
@@ -55,7 +55,8 @@ class LoRA(MethodSettings):
             raise UserError(f"peft.lora.alpha must be positive, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"peft.lora.dropout must be in [0, 1), not {self.dropout}")
-        for name, value in (("target_modules", self.target_modules), ("qkv", self.qkv)):
+        given: dict[str, Any] = {"target_modules": self.target_modules, "qkv": self.qkv}
+        for name, value in given.items():
             if value is not None and (isinstance(value, str) or not all(isinstance(item, str) for item in value)):
                 raise UserError(f"peft.lora.{name} must be a list of texts, or null, not {value!r}")
         if self.target_modules is not None and not self.target_modules:
