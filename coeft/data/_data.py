@@ -230,23 +230,30 @@ def load_data(
     parts: dict[str, Part | None] = {}
     used: dict[str, Split | None] = {}
     skipped: list[str] = []
+    problems: list[str] = []
     for key, split in splits.items():
         parts[key] = used[key] = None
         if split is None:
             continue
-        decoded = decode(
-            split,
-            preprocessing,
-            made_from=f"{settings.kind}, {key}, {preprocessing.image_size[0]}x{preprocessing.image_size[1]}",
-            on_error=settings.on_error,
-            threads=settings.num_workers,
-            progress=lambda done, total, key=key: progress(key, done, total),  # type: ignore[misc]
-        )
+        try:
+            decoded = decode(
+                split,
+                preprocessing,
+                made_from=f"{settings.kind}, {key}, {preprocessing.image_size[0]}x{preprocessing.image_size[1]}",
+                on_error=settings.on_error,
+                threads=settings.num_workers,
+                progress=lambda done, total, key=key: progress(key, done, total),  # type: ignore[misc]
+            )
+        except UserError as error:  # the other splits may have mistakes too
+            problems.append(str(error))
+            continue
         skipped += [f"{split.names[row]}: {reason}" for row, reason in decoded.bad.items()]
         kept = _without(split, decoded.good)
         if not len(kept):
             raise UserError(f"no image of the {key} split can be read; the first: {skipped[-len(split)]}")
         parts[key], used[key] = _part(kept, decoded.pixels, decoded.good), kept
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
     train = parts["train"]
     assert train is not None
     if skipped:

@@ -97,17 +97,17 @@ class EvalOrder(DistributedSampler):
 
 
 def equal_batches(length: int, batch_size: int, world: int) -> int:
-    """The largest batch size up to batch_size with which all processes have equally many batches of EvalOrder.
+    """The batch size next to batch_size with which all processes have equally many batches of EvalOrder.
 
-    With fewer batches a process would wait for ever in a collective operation of the others.
+    With fewer batches a process would wait for ever in a collective operation of the others. It is batch_size or a
+    smaller one, or a larger one if there is none but 1; with fewer images than processes there is none at all.
     """
     fewest = length // world
-    if world == 1 or length % world == 0:
+    if length % world == 0 or fewest == 0:
         return batch_size
-    for size in range(batch_size, 1, -1):
-        if math.ceil(fewest / size) == math.ceil((fewest + 1) / size):
-            return size
-    return batch_size
+    sizes = [*range(batch_size, 1, -1), *range(batch_size + 1, fewest + 2)]
+    # Some processes have one image more: it opens another batch if the others' batches are full.
+    return next((size for size in sizes if fewest % size), batch_size)
 
 
 class FoldData(lightning.LightningDataModule):

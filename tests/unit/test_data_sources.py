@@ -518,13 +518,13 @@ def test_hub_without_network_says_both_ways_out_quickly(tmp_path, monkeypatch):
     asked = []
 
     def unreachable(*arguments, **named):
-        asked.append(arguments)
+        asked.append(threading.current_thread() is threading.main_thread())
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     with pytest.raises(UserError) as caught:
         Hub(name="nobody/absent", config="c", cache_dir=str(tmp_path)).load(0)
-    assert len(asked) == 1  # `datasets` by itself asks six times, with pauses of 23 seconds
+    assert asked and not any(asked)  # only the question with a time limit, not the six of `datasets` in 23 seconds
     text = str(caught.value)
     assert "data set nobody/absent, configuration c is not in the local cache" in text
     assert "cannot be reached" in text and "data.name=FOLDER" in text and len(text.splitlines()) == 1
