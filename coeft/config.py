@@ -408,15 +408,20 @@ class _Check:
         for key in missing:
             full = _join(where, key)
             self.wrong(full, f"{full} is required: type {full}=VALUE, or set it in the recipe")
-        if len(self.mistakes) > before:
+        if missing:
             return None
         for key in skip.intersection(OmegaConf.missing_keys(filled)):
             filled[key] = None  # the caller fills it in
-        try:
-            return OmegaConf.to_object(filled)
-        except UserError as error:
-            self._ranges(schema, filled, where, given, skip, error)
-            return None
+        error = None
+        if len(self.mistakes) == before:
+            try:
+                return OmegaConf.to_object(filled)
+            except UserError as wrong:
+                error = wrong
+        self._ranges(schema, filled, where, given, skip)
+        if error is not None and len(self.mistakes) == before:
+            self.wrong(where, str(error))  # values that are wrong only together
+        return None
 
     def _fill(self, filled: DictConfig, node: Mapping[str, Any], where: str, inside: str, given: list[str]) -> None:
         schema = OmegaConf.get_type(filled)
@@ -444,12 +449,9 @@ class _Check:
             else:
                 given.append(_join(inside, key))
 
-    def _ranges(
-        self, schema: type, filled: DictConfig, where: str, given: list[str], skip: frozenset[str], error: UserError
-    ) -> None:
+    def _ranges(self, schema: type, filled: DictConfig, where: str, given: list[str], skip: frozenset[str]) -> None:
         """Report every value that is out of its range, not only the one that __post_init__ met first."""
         required = [*OmegaConf.missing_keys(OmegaConf.structured(schema)), *skip]
-        found = False
         for key in given:
             alone = _unlocked(OmegaConf.structured(schema))
             for name in {*required, key}:
@@ -458,9 +460,6 @@ class _Check:
                 OmegaConf.to_object(alone)
             except UserError as own:
                 self.wrong(_join(where, key), str(own))
-                found = True
-        if not found:
-            self.wrong(where, str(error))  # values that are wrong only together
 
 
 _SECRET_KEY = re.compile(

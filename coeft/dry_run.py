@@ -1,6 +1,7 @@
 """Everything but training: what a run would do, shown before it costs anything."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -37,10 +38,10 @@ def dry_run(cfg: TrainConfig) -> None:
     out.print(
         f"trainable {counts.trainable:,} (methods {counts.adapter:,}, head {counts.head:,}) of {counts.total:,} parameters\n"
     )
-    micro = micro_batch_size(cfg, make_trainer(cfg, backbone_root()).num_devices)
+    micro = micro_batch_size(cfg, make_trainer(cfg, Path.cwd()).num_devices)
     batch = {
-        "pixel_values": torch.from_numpy(folds[0].train.images[:2].copy()),
-        "labels": torch.from_numpy(folds[0].train.labels[:2].copy()),
+        "pixel_values": torch.from_numpy(folds[0].train.fetch(range(min(2, len(folds[0].train))))),
+        "labels": torch.from_numpy(folds[0].train.labels[:2]),
     }
     built.stack.probe(built.backbone, built.module.prepare(batch["pixel_values"]))
     loss, per_sample = probe(built, batch)
@@ -51,13 +52,6 @@ def dry_run(cfg: TrainConfig) -> None:
         out.print("more than is free: lower trainer.micro_batch_size")
     _print_data(data.summary(), folds, out)
     out.print(f"probe batch: loss {loss:.4f}; every method was called")
-
-
-def backbone_root() -> Any:
-    """Where a Trainer that writes nothing has its root."""
-    from pathlib import Path
-
-    return Path.cwd()
 
 
 def probe(built: Assembled, batch: dict[str, Tensor]) -> tuple[float, int]:
@@ -94,12 +88,21 @@ def _print_stack(built: Assembled, out: Any) -> None:
 
 def _print_data(summary: dict[str, Any], folds: list[Any], out: Any) -> None:
     table = Table("split", "images", "classes", title="data")
-    for split, classes in summary["counts"].items():
+    for split, counts in summary["splits"].items():
+        if counts is None:
+            continue
+        classes = counts["classes"]
         shown = ", ".join(f"{name} {count}" for name, count in list(classes.items())[:20])
         more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
-        table.add_row(split, f"{sum(classes.values()):,}", shown + more)
+        table.add_row(split, f"{counts['images']:,}", shown + more)
     out.print(table)
-    out.print(f"the same image in two splits: {len(summary['duplicates'])}; unreadable files: {len(summary['skipped'])}")
+    repeated = {where: count for where, count in summary["duplicates"].items() if count}
+    out.print(f"images that occur twice: {', '.join(f'{count} in {where}' for where, count in repeated.items()) or 'none'}")
+    for where in repeated:
+        out.print(f"  {where}: {'; '.join(summary['duplicate_names'].get(where, []))}", markup=False)
+    out.print(f"unreadable files: {len(summary['unreadable'])}")
+    for name in summary["unreadable"][:20]:
+        out.print(f"  {name}", markup=False)
     for fold in folds:
         parts = {"train": fold.train, "val": fold.val, "held out": fold.heldout, "test": fold.test}
         out.print(f"fold {fold.index}: " + ", ".join(f"{name} {len(part)}" for name, part in parts.items() if part))

@@ -38,3 +38,33 @@ def export_adapter(path: str | Path, out: Path | None = None, fold: int | None =
     except OSError as error:
         raise UserError(f"--out: cannot write {target} ({error.strerror})") from error
     return target
+
+
+def export_weights(path: str | Path, out: Path) -> Path:
+    """Write the model of a run as one plain state dict, for backbone.weights or timm; return the file.
+
+    Every method must fold into the base model's own weights: full, bitfit, lora, or none. The head is left out.
+
+    Raises:
+        UserError: a method of the stack cannot be folded, or `out` exists.
+    """
+    from safetensors.torch import save_file
+
+    from coeft.adapt import merge
+    from coeft.assemble import restore
+
+    run = Run.open(path)
+    if out.exists():
+        raise UserError(f"{out} exists; choose another file")
+    built, _ = restore(run.config, run.adapter())
+    left = merge(built.backbone, built.stack)
+    if left:
+        raise UserError(f"{run.path}: {', '.join(left)} cannot be folded into the base model's weights")
+    head = built.backbone.head
+    state = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in built.backbone.model.state_dict().items()
+        if not name.startswith(f"{head}.")
+    }
+    save_file(state, out, metadata={"format": "pt"})
+    return out

@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 
 from coeft import adapter_io, plots
@@ -31,7 +32,7 @@ from coeft.assemble import (
     start_from,
 )
 from coeft.backbones._backbone import Backbone
-from coeft.config import TrainConfig, load_config
+from coeft.config import TrainConfig, load_config, to_yaml
 from coeft.data._data import Data, Part, load_data
 from coeft.data._folds import Fold, make_folds, refit_fold
 from coeft.data._module import FoldData
@@ -126,8 +127,6 @@ def prepare(cfg: TrainConfig) -> tuple[Backbone, Data, list[Fold]]:
     data = load_data(cfg.data, seed=cfg.seed, preprocessing=backbone.preprocessing, group=cfg.cv.group)
     if len(data.class_names) < 2:
         raise UserError(f"the data has {len(data.class_names)} class; classification needs two or more")
-    if data.skipped:
-        log.warning("%d unreadable files were left out: %s", len(data.skipped), ", ".join(data.skipped[:5]))
     folds = make_folds(data, cfg.cv, cfg.seed)
     if cfg.cv.folds > 1 and cfg.cv.refit:
         folds.append(refit_fold(data, cfg.cv, cfg.seed))
@@ -183,7 +182,7 @@ def _fit_fold(
     built = assemble(cfg, backbone or build_backbone(cfg), len(data.class_names), fold=fold.index)
     if cfg.init_from is not None:
         start_from(cfg, built)
-    sample = torch.from_numpy(fold.train.images[:2].copy())
+    sample = torch.from_numpy(fold.train.fetch(range(min(2, len(fold.train)))))
     built.stack.probe(built.backbone, built.module.prepare(sample))
     counts = count_parameters(built.backbone, built.stack)
     name = "all data" if is_refit(cfg, fold) else f"fold {fold.index + 1}/{cfg.cv.folds}" if cfg.cv.folds > 1 else "run"
@@ -258,7 +257,8 @@ def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assem
         callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
     scalars = [name for name in task.metrics() if name != "confusion"]
     loggers = [MetricsCSV(run_dir / "metrics.csv", fold=fold.index, metrics=sorted(scalars))]
-    loggers += cfg.logger.build(run_dir, name=f"{run_dir.name}/{folder.name}", config=vars(cfg))
+    place = run_dir.name if folder == run_dir else f"{run_dir.name}/{folder.name}"
+    loggers += cfg.logger.build(run_dir, name=place, config=yaml.safe_load(to_yaml(cfg)))
     trainer = make_trainer(
         cfg,
         folder,
@@ -312,7 +312,8 @@ def measure(cfg: TrainConfig, built: Assembled, part: Part) -> tuple[dict[str, A
     [scalars] = trainer.test(built.module, dataloaders=loader, verbose=False)
     confusion = built.module.confusion
     assert confusion is not None
-    metrics: dict[str, Any] = {name: float(value) for name, value in sorted(scalars.items())}
+    # torchmetrics computes in float32, which holds 7 digits
+    metrics: dict[str, Any] = {name: round(float(value), 7) for name, value in sorted(scalars.items())}
     return metrics | {"per_class_accuracy": per_class_accuracy(confusion)}, confusion
 
 
