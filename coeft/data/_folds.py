@@ -153,8 +153,8 @@ def _whole_groups(part: Part, num_classes: int, cv: CV, seed: int) -> np.ndarray
     values, group_of = np.unique(part.groups.astype(str), return_inverse=True)
     if len(values) < 2:
         raise UserError(
-            f"cv.group={cv.group} has one group, {str(values[0])!r}, in the training part: none is left to pick the epoch; "
-            "set cv.val_fraction=0, or give more groups"
+            f"cv.group={cv.group} has one group, {str(values[0])!r}, in the training part: none is left to "
+            "pick the epoch; set cv.val_fraction=0, or give more groups"
         )
     columns = part.labels if cv.stratified else np.zeros(len(part), np.int64)
     table = np.zeros((len(values), num_classes), np.float64)  # group x class, counts
