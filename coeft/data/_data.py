@@ -222,10 +222,6 @@ def load_data(
         UserError: the data is missing or broken, or has fewer images than asked for.
     """
     source = settings.load(seed, group)
-    if len(source.class_names) < 2:
-        raise UserError(
-            f"data={settings.kind} has one class, {source.class_names[0]!r}: there is nothing to tell apart"
-        )
     splits, warnings = draw(settings, source, seed)
     parts: dict[str, Part | None] = {}
     used: dict[str, Split | None] = {}

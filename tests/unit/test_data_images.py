@@ -460,11 +460,6 @@ def test_summary_counts_duplicates(tmp_path):
     json.dumps(summary)
 
 
-def test_one_class_is_refused(tmp_path):
-    with pytest.raises(UserError, match="has one class, 'c0': there is nothing to tell apart"):
-        load_data(ImageFolder(root=str(tree(tmp_path / "r", (3,), ("train",)))), seed=0, preprocessing=preprocessing())
-
-
 def test_classes_without_training_images_are_said(caplog):
     data = load_data(Digits(n_train=8), seed=0, preprocessing=preprocessing())
     assert "2 of 10 classes have no training image" in data.warnings[0] and data.warnings[0] in caplog.text
