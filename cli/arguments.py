@@ -19,13 +19,15 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+        self._command = command
+
     def error(self, message: str) -> NoReturn:
         choice = re.fullmatch(r"argument .*: invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
         if choice:
             names = [name.strip(" '") for name in choice[2].split(",")]
-            raise UserError(f"{self.prog}: no {choice[1]!r}; {near(choice[1], names)}")
+            raise UserError(f"{self._command}: no {choice[1]!r}; {near(choice[1], names)}")
         unknown = re.fullmatch(r"unrecognized arguments: (-[^ =]+)(.*)", message, re.DOTALL)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            raise UserError(f"{self.prog}: no flag {unknown[1]}; {near(unknown[1], flags)}")
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+            raise UserError(f"{self._command}: no flag {unknown[1]}; {near(unknown[1], flags)}")
+        raise UserError(f"{self._command}: {message}; see {self.prog} --help")

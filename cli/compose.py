@@ -5,19 +5,21 @@ leaves sys.argv alone, from which Lightning starts its other processes.
 """
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize_config_module
+from hydra import initialize_config_dir, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coeft.config import FOLDERS, TrainConfig, first_line, from_dict, kinds, plain_keys, read_yaml, to_dict
@@ -57,7 +59,7 @@ def compose(
     source = _Source.of(config_dir, config_name)
     lists = [_choices(text) if multirun else [text] for text in overrides]
     lines = [list(line) for line in itertools.product(*lists)]
-    with initialize_config_module("coeft.conf", version_base="1.3", job_name="coeft"):
+    with source.initialized():
         found = [_compose_line(line, source) for line in lines]
     if len(found) > 1:
         found = [_numbered(composition, number) for number, composition in enumerate(found)]
@@ -80,6 +82,8 @@ class _Source:
     run_config: Path | None = None
     """The resolved config of a run: composed like a recipe."""
     primary: str = "train"
+    primary_folder: Path | None = None
+    """Where the primary config is, if it is the user's."""
 
     @classmethod
     def of(cls, config_dir: str | None, config_name: str | None) -> "_Source":
@@ -100,11 +104,20 @@ class _Source:
         tree = read_yaml(path)
         if "defaults" not in tree:
             return cls(folders=(folder,), run_config=path)
-        if name == "train":
-            raise UserError(f"{path}: coeft has a config of that name, which Hydra would take instead; rename the file")
         if "hydra" in tree:
             raise UserError(f"{path}: a config cannot set Hydra's own settings")
-        return cls(folders=(folder,), primary=name)
+        return cls(folders=(folder,), primary=name, primary_folder=folder)
+
+    def initialized(self) -> AbstractContextManager[None]:
+        """Hydra, with the folder of the primary config as its own."""
+        if self.primary_folder is not None:
+            return initialize_config_dir(str(self.primary_folder), version_base="1.3", job_name="coeft")
+        return initialize_config_module("coeft.conf", version_base="1.3", job_name="coeft")
+
+    def search_path(self) -> str:
+        """The override that lets Hydra find the options of the other folders."""
+        others = ["pkg://coeft.conf"] if self.primary_folder else [f"file://{folder}" for folder in self.folders]
+        return f"hydra.searchpath={encode(others)}"
 
 
 def _compose_line(line: list[str], source: _Source) -> Composition:
@@ -136,8 +149,8 @@ def _compose_line(line: list[str], source: _Source) -> Composition:
             outside = {key: text for key, text in outside.items() if key in one.outside}
     if wrong or failed:
         raise UserError("\n".join(dict.fromkeys([*wrong, *failed])))
-    if suite and outside:  # typed for a method that no member has
-        raise UserError("\n".join(outside.values()))
+    if suite and outside:
+        raise UserError("\n".join(f"{key} is typed, but no member of the suite has this method" for key in outside))
     config = base.config
     if suite:
         config = replace(config, suite={name: differences(config, member) for name, member in members.items()})
@@ -165,7 +178,7 @@ def _compose_line(line: list[str], source: _Source) -> Composition:
 
 
 # what a run directory holds besides its members
-_TAKEN = {"adapter", "checkpoints", "config.yaml", "environment.json", "log.txt", "metrics.csv", "plots", "results.json"}
+_TAKEN = "adapter checkpoints config.yaml environment.json log.txt metrics.csv plots results.json".split()
 
 
 def _typed_wins(own: list[str], typed: list[str]) -> list[str]:
@@ -194,7 +207,7 @@ def _compose_one(line: list[str], source: _Source, suite_of: str | None = None) 
     try:
         if source.run_config is not None:
             if typed.recipe is not None:
-                wrong.append("recipe= and --config-name both name a config; give one of them")
+                raise UserError("recipe= and --config-name both name a config; give one of them")
             recipe = read_recipe(str(source.run_config), folders=source.folders)
             if not recipe.is_complete:
                 raise UserError(
@@ -203,23 +216,24 @@ def _compose_one(line: list[str], source: _Source, suite_of: str | None = None) 
                 )
         elif typed.recipe is not None:
             recipe = read_recipe(typed.recipe, folders=source.folders)
-    except UserError as error:
-        wrong += str(error).splitlines()
-    if wrong:
-        raise UserError("\n".join(dict.fromkeys(wrong)))
-    arguments = list(typed.arguments)
+    except UserError as error:  # without the recipe nothing else can be checked
+        raise UserError("\n".join(dict.fromkeys([*wrong, *str(error).splitlines()]))) from error
+    arguments = [text for key, text in typed.arguments if key.split(".")[0] not in typed.broken]
     if recipe is not None:
         recipe.register(typed.picks)
         arguments.insert(0, f"recipe={recipe.option}")
-    arguments += [f"hydra.searchpath=[{encode(f'file://{folder}')}]" for folder in source.folders]
+    if source.folders and not any(text.startswith("hydra.searchpath=") for text in arguments):
+        arguments.append(source.search_path())
     try:
         composed = hydra_compose(source.primary, overrides=arguments)
+        wrong += _set(composed, [pair for pair in typed.values if pair[0].split(".")[0] not in typed.broken])
         tree = OmegaConf.to_container(composed, resolve=True)
     except HydraException as error:
-        raise UserError(_explain(error)) from error
+        raise UserError("\n".join([*wrong, _explain(error)])) from error
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or "")
-        raise UserError((recipe.locate(key) if recipe else "") + first_line(error)) from error
+        where = recipe.locate(key) if recipe else ""
+        raise UserError("\n".join([*wrong, where + first_line(error)])) from error
     assert isinstance(tree, dict)
     plain = {str(key): value for key, value in tree.items()}
     is_suite = suite_of is not None or bool(plain.get("suite"))
@@ -231,14 +245,31 @@ def _compose_one(line: list[str], source: _Source, suite_of: str | None = None) 
             return ""
         return recipe.locate(key) if recipe else ""
 
-    outside = _outside(typed.keys, plain.get("peft"))
+    outside = {} if "peft" in typed.broken else _outside(typed.keys, plain.get("peft"))
     config = from_dict(
         plain,
         allow_custom_targets=typed.allow_custom_targets,
         locate=locate,
-        mistakes=() if is_suite else outside.values(),
+        mistakes=wrong if is_suite else [*wrong, *outside.values()],
     )
     return _One(config=config, outside=outside)
+
+
+def _set(config: DictConfig, values: list[tuple[str, Any]]) -> list[str]:
+    """Put typed values into a composed config, keys that it does not have too; returns what is wrong.
+
+    Not through Hydra's overrides, whose grammar cannot say everything, such as a mapping with any keys. A key that
+    does not exist is refused by from_dict, with the nearest name.
+    """
+    wrong = []
+    OmegaConf.set_struct(config, False)
+    for key, value in values:
+        try:
+            # suite={...} replaces the recipe's, other mappings change the keys that they name
+            OmegaConf.update(config, key, value, merge=key != "suite", force_add=True)
+        except OmegaConfBaseException:
+            wrong.append(f"{key}: {key.rpartition('.')[0]} has no keys of its own")
+    return wrong
 
 
 def _outside(keys: Iterable[str], peft: Any) -> dict[str, str]:
@@ -258,11 +289,15 @@ def _outside(keys: Iterable[str], peft: Any) -> dict[str, str]:
 class _Typed:
     """A command line, read."""
 
-    arguments: list[str] = field(default_factory=list)
-    """As Hydra's grammar takes them, without the recipe."""
+    arguments: list[tuple[str, str]] = field(default_factory=list)
+    """Group, and group=option in Hydra's grammar, without the recipe."""
+    values: list[tuple[str, Any]] = field(default_factory=list)
+    """Dotted key and value."""
     keys: list[str] = field(default_factory=list)
     """Dotted keys that were set."""
     picks: dict[str, Pick] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+    """Groups whose pick is wrong: their settings cannot be checked."""
     recipe: str | None = None
     allow_custom_targets: bool = False
 
@@ -281,7 +316,7 @@ def _read_line(line: list[str], source: _Source) -> tuple[_Typed, list[str]]:
 def _read(text: str, typed: _Typed, source: _Source) -> None:
     key, equals, value = text.partition("=")
     if text.startswith("~") and not text.startswith("~/"):
-        typed.arguments.append(text)
+        typed.arguments.append((key[1:], text))
         return
     key = key.lstrip("+")
     head = _head(text)
@@ -290,7 +325,7 @@ def _read(text: str, typed: _Typed, source: _Source) -> None:
     if head == "hydra":
         if key != "hydra.searchpath":
             raise UserError(f"{text}: coeft writes its own run directory and log; set run_dir=PATH")
-        typed.arguments.append(text)
+        typed.arguments.append((key, text))
         return
     if head not in KEYS:
         raise UserError(f"{text}: no key {head!r}; {near(head, KEYS)}")
@@ -305,15 +340,17 @@ def _read(text: str, typed: _Typed, source: _Source) -> None:
         return
     if key in GROUPS:
         pick = _value(text, key, value)
+        if key in typed.picks or key in typed.broken:
+            raise UserError(f"{key}= is given twice")
+        typed.broken.add(key)
         if isinstance(pick, str) and "," in pick:
             stack = f"a stack is peft=[{pick}]; " if key == "peft" else ""
             raise UserError(f"{text}: {stack}several runs need -m")
         if wrong := wrong_pick(key, pick, source.folders):
             raise UserError("\n".join(wrong))
-        if key in typed.picks:
-            raise UserError(f"{key}= is given twice")
+        typed.broken.remove(key)
         typed.picks[key] = pick
-        typed.arguments.append(f"{key}={encode(pick)}")
+        typed.arguments.append((key, f"{key}={encode(pick)}"))
         return
     parts = key.split(".")
     if parts[-1] == "kind" and len(parts) > 1 and parts[0] in FOLDERS:
@@ -324,8 +361,7 @@ def _read(text: str, typed: _Typed, source: _Source) -> None:
     if key == "allow_custom_targets" and parsed is True:
         typed.allow_custom_targets = True
     typed.keys.append(key)
-    # "++": Hydra takes a key that is not there yet, from_dict refuses it with the nearest name
-    typed.arguments.append(f"++{key}={encode(parsed)}")
+    typed.values.append((key, parsed))
 
 
 def _head(text: str) -> str:
@@ -409,6 +445,8 @@ def takes_text(key: str) -> bool:
 def _choices(text: str) -> list[str]:
     """The values that one argument of a multirun stands for, each as key=value."""
     key, equals, value = text.partition("=")
+    if (key == "recipe" or takes_text(key.lstrip("+"))) and Path(value).expanduser().exists():
+        return [text]  # a path with a comma in it
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
@@ -419,7 +457,9 @@ def _choices(text: str) -> list[str]:
 
 
 def encode(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides, read back as the same value."""
+    """A value as one would type it: read_value gives it back. Without mappings it is in Hydra's grammar too."""
+    if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value)):
+        return json.dumps(value, ensure_ascii=False)  # Hydra's grammar has no quoted keys; _value reads this as YAML
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -428,8 +468,6 @@ def encode(value: Any) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return f"[{','.join(map(encode, value))}]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{encode(str(key))}:{encode(item)}" for key, item in value.items()) + "}"
     text = str(value)
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
         return text

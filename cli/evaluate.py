@@ -58,5 +58,3 @@ def read_overrides(texts: list[str]) -> dict[str, Any]:
     if wrong:
         raise UserError("\n".join(wrong))
     return values
-
-

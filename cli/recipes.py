@@ -68,12 +68,13 @@ class Recipe:
             typed: group -> option on the command line.
         """
         final = {**root_picks(), **self.all_picks(), **typed}
+        own = {**root_picks(), **self.all_picks()}
         for recipe in self.chain():
             meant = {**root_picks(), **recipe.all_picks()}
             body = {
                 key: value
                 for key, value in recipe.body.items()
-                if key not in FOLDERS or key == "peft" or _same(meant[key], final[key])
+                if key not in FOLDERS or key == "peft" or _same(meant[key], own[key]) and _same(own[key], final[key])
             }
             if "peft" in typed and isinstance(body.get("peft"), dict):
                 # a run's own config says `kind` for each method; the typed stack decides now
@@ -173,6 +174,12 @@ def _misplaced(tree: dict[str, Any], shown: str, path: Path) -> list[str]:
     """What only the defaults list, or only the command line, may say."""
     wrong = []
     nodes = {group: tree.get(group) for group in FOLDERS if group != "peft"}
+    if "peft" in tree and not isinstance(tree["peft"], dict):
+        line = line_of(path, "peft")
+        wrong.append(
+            f"{shown}, line {line}: peft: pick the stack in the defaults list: - override /peft: "
+            f"{_typed(tree['peft'])}; here stand the settings of its methods"
+        )
     if isinstance(tree.get("peft"), dict):
         nodes |= {f"peft.{name}": node for name, node in tree["peft"].items()}
     for key, node in nodes.items():
