@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="data.KEY=VALUE", help="other data, or other trainer settings")
     arguments = parser.parse_intermixed_args(argv)
     if "=" in arguments.run and not Path(arguments.run).expanduser().exists():
-        raise UserError(f"coeft eval: the run directory comes first, not {arguments.run}")
+        raise UserError(f"eval: the run directory comes first, not {arguments.run}")
     overrides = read_overrides(arguments.overrides)
     from coeft.evaluate import evaluate
 

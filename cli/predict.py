@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.inputs and sys.stdin.isatty():
-        raise UserError("coeft predict: give an INPUT: an image, a folder, a table, or - for names on standard input")
+        raise UserError("predict: give an INPUT: an image, a folder, a table, or - for names on standard input")
     from coeft.predict import predict
 
     predict(
