@@ -81,12 +81,15 @@ class CoeffMixer(nn.Module):
         dropped = F.dropout(self.coeff_alpha, self.dropout, self.training)
         delta = dropped if self.init == "residual" else dropped - self._identity()
         flat = maps.flatten(2)  # (B, H, N * M)
-        if maps.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(maps.device.type):
-            # I + delta would round a small delta away beside 1; added to the product, in the float32 accumulator, it
-            # is not, and no copy of the maps in float32 is needed. At delta = 0 the maps come back to the bit.
+        # In the type of the maps. Under autocast timm's softmax gives float32: mixing there as well leaves one
+        # rounding, that of the mixed maps, while I + delta in half precision would lose every delta below 2^-8.
+        with torch.autocast(maps.device.type, enabled=False):
+            if maps.dtype not in (torch.bfloat16, torch.float16):
+                return ((delta + self._identity()).to(maps.dtype) @ flat).view(maps.shape)
+            # A model wholly in half precision: delta apart from I, added in the float32 accumulator, so that only the
+            # result is rounded. The maps themselves then hide deltas below about 2^-8, in the forward.
             delta = delta.to(maps.dtype).expand(maps.shape[0], -1, -1)
             return torch.baddbmm(flat, delta, flat).view(maps.shape)
-        return ((delta + self._identity()).to(maps.dtype) @ flat).view(maps.shape)
 
     # The hooks of the attention layer. Bound methods of this module, so that a deep copy of the model acts on its own
     # mixers. `active` is False outside of a layer's forward; torch.compile guards on it without recompiling.

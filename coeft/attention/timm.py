@@ -148,7 +148,7 @@ def find_sites(model: nn.Module) -> tuple[list[AttentionSite], str | None]:
         elif key in PASSED_OVER:
             if name:
                 passed[name] = PASSED_OVER[key]
-        elif _unknown_attention(cls):
+        elif _unknown_attention(cast(Hashable, cls)):
             problems.setdefault(key, f"{name or 'the model'} ({key}): a softmax that coeft's table of classes lacks")
     if problems:
         reasons = list(problems.values())

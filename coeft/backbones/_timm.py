@@ -35,6 +35,11 @@ log = logging.getLogger("coeft")
 NETWORK_SECONDS = 5.0  # without a network the answer must come within ten seconds, imports included
 PACKAGE = "package://"
 
+UNREADABLE = (
+    pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, AttributeError, TypeError,
+    KeyError, IndexError,
+)  # fmt: skip
+
 T = TypeVar("T")
 
 
@@ -85,7 +90,7 @@ def head_name(model: Any) -> str:
     """Module name of the classifier.
 
     Raises:
-        UserError: the model has several, such as distilled DeiT.
+        UserError: the model has several in different places, such as distilled DeiT.
     """
     classifier = model.pretrained_cfg.get("classifier") or "head"
     names = [classifier] if isinstance(classifier, str) else list(classifier)
@@ -94,7 +99,7 @@ def head_name(model: Any) -> str:
         if len(parents) > 1 or "" in parents:
             raise UserError(
                 f"backbone.name: {model.pretrained_cfg['architecture']} has several classifiers ({', '.join(names)}), "
-                f"which coeft cannot train; take the same model without distillation"
+                f"which coeft cannot train; take a model without a distilled or auxiliary head"
             )
         names = list(parents)
     try:
@@ -218,15 +223,15 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file. Pickled files are read with weights_only=True, so that nothing in them can run."""
     try:
         state = timm.models.load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0]
+    except UNREADABLE as error:
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            raise UserError(
+                f"backbone.weights: {path} holds more than tensors, and coeft runs no code from weight files; "
+                f"save its state dict alone, as safetensors"
+            ) from None
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"backbone.weights: {path} cannot be read as tensors alone, and coeft runs no code from weight files; "
-            f"save its state dict as safetensors ({first})"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"backbone.weights: {path} is neither a whole safetensors file nor a torch state dict: {error}"
+            f"backbone.weights: {path} is neither a whole safetensors file nor a torch state dict: {first}"
         ) from None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"backbone.weights: {path} holds no state dict of tensors")
@@ -235,7 +240,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _load(settings: Timm, options: dict[str, Any], state: dict[str, Tensor]) -> Any:
     """The model, without a classifier, with every weight from `state`, converted and resampled by timm's own code."""
-    where = f"backbone.weights: {settings.weights}" if settings.weights else f"the weights of {settings.name}"
+    where = f"backbone.weights: {settings.weights}" if settings.weights else f"backbone: timm's {settings.name}"
     classifier = _config(settings.name).classifier or "head"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
