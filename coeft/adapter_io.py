@@ -95,7 +95,8 @@ def save_adapter(
             save_file(_plain(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         head = {name: parameter.detach() for name, parameter in backbone.head_parameters().items()}
         names = json.dumps(class_names, ensure_ascii=False)
-        save_file(_plain(head), part / "head.safetensors", metadata={"format": "pt", "class_names": names})
+        # one entry only: safetensors writes several in an order that differs from process to process
+        save_file(_plain(head), part / "head.safetensors", metadata={"class_names": names})
         write_json(
             part / "coeft.json",
             {

@@ -60,7 +60,7 @@ class TuningModule(L.LightningModule):
         loss = self.task.loss(self(images), batch["labels"], training=True)
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss is {float(loss)} at epoch {self.current_epoch}, step {self.global_step}: "
+                f"the loss is {float(loss.detach())} at epoch {self.current_epoch}, step {self.global_step}: "
                 f"lower optim.lr ({self.optim.lr:g}) or the learning rates of the methods, or set trainer.clip_norm"
             )
         self.samples_seen += len(images)

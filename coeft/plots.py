@@ -50,7 +50,7 @@ def confusion(counts: Tensor, class_names: list[str], path: Path) -> None:
     shares = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     size = min(16.0, 2.5 + 0.4 * len(class_names))
     figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(class_names) <= 50:
         axis.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize="small")
         axis.set_yticks(range(len(class_names)), class_names, fontsize="small")
@@ -84,7 +84,7 @@ def coefficients(stack: Stack, path: Path) -> None:
     for axis in axes.flat[len(matrices) :]:
         axis.set_axis_off()
     for axis, (name, matrix) in zip(axes.flat, matrices.items(), strict=False):
-        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        image = axis.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
         axis.set_title(name, fontsize="small")
         axis.set_xticks([0, len(matrix) - 1])
         axis.set_yticks([0, len(matrix) - 1])

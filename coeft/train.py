@@ -139,6 +139,7 @@ def _run_folds(
     handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+    log.setLevel(logging.INFO)
     try:
         stack = " + ".join(cfg.peft) or "head only"
         log.info("%s, %s, data %s", backbone.name, stack, cfg.data.kind)

@@ -54,9 +54,27 @@ def build(settings: Timm, num_classes: int, seed: int, image_size: int | Sequenc
     else:
         reseed(seed, "backbone")
         model = timm.create_model(settings.name, pretrained=False, num_classes=0, **options)
+    backbone = describe(model, name=settings.name, size=size)
+    if num_classes:
+        backbone.new_head(num_classes, seed)
+    return backbone
+
+
+def describe(model: Any, *, name: str | None = None, size: tuple[int, int] | None = None) -> Backbone:
+    """The facts of a timm model that is already built.
+
+    Args:
+        name: as the user gave it; null is the architecture that timm noted in the model.
+        size: height and width of the images in pixels; null is the model's own.
+
+    Raises:
+        UserError: the model is not one of timm's, or has several classifiers.
+    """
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        raise UserError(f"{type(model).__name__} is not a model that timm.create_model built")
     sites, refusal = find_sites(model)
-    backbone = Backbone(
-        name=settings.name,
+    return Backbone(
+        name=name or model.pretrained_cfg.get("architecture") or type(model).__name__,
         kind="timm",
         model=model,
         preprocessing=_preprocessing(model, size),
@@ -65,9 +83,6 @@ def build(settings: Timm, num_classes: int, seed: int, image_size: int | Sequenc
         blocks=block_names(model, sites),
         head=head_name(model),
     )
-    if num_classes:
-        backbone.new_head(num_classes, seed)
-    return backbone
 
 
 def check_name(name: str) -> None:
