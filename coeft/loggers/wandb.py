@@ -38,9 +38,12 @@ class Wandb:
         Args:
             name: of the run, if the settings give none.
             config: shown with the run.
+        Raises:
+            UserError: not logged in, or no answer from the server within ten seconds.
         """
         if self.mode == "disabled":
             return []
+        import wandb
         from lightning.pytorch.loggers import WandbLogger
 
         logger = WandbLogger(
@@ -52,6 +55,13 @@ class Wandb:
             tags=list(self.tags),
             group=self.name or name.partition("/")[0],  # the folds of one run side by side
             reinit="create_new",  # folds are separate runs of one process
+            settings=wandb.Settings(init_timeout=10),
         )
-        logger.log_hyperparams(config)
+        try:
+            logger.log_hyperparams(config)  # begins the run
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise UserError(
+                f"logger: no run at Weights & Biases: {reason}; log in by `wandb login`, or set logger.mode=offline"
+            ) from error
         return [logger]
