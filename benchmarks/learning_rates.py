@@ -30,7 +30,14 @@ PIXELS = ["data.resize=squash", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.
 SETTINGS = {
     "A, digits": ["recipe=quickstart"],
     "B, digits": ["recipe=quickstart", *B, *PIXELS],
-    "B, fashion 5-9": [*B, "data=fashion_mnist", "data.classes=[5,6,7,8,9]", "data.n_train=1000", *PIXELS, "cv.folds=5"],
+    "B, fashion 5-9": [
+        *B,
+        "data=fashion_mnist",
+        "data.classes=[5,6,7,8,9]",
+        "data.n_train=1000",
+        *PIXELS,
+        "cv.folds=5",
+    ],
 }
 GRIDS = {
     "head alone": ("peft=none", "optim.lr", [1e-3, 3e-3, 1e-2, 3e-2]),

@@ -7,6 +7,8 @@ from importlib import import_module
 
 from coeft.errors import UserError, near
 
+from .messages import messages
+
 # command -> (module, function, summary); modules are imported late, so that help needs neither Hydra nor torch
 COMMANDS = {
     "train": ("train", "main", "train with a recipe, or with backbone=, data= and peft="),
@@ -44,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line, without the program's name; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return _run(argv)
+        with messages():
+            return _run(argv)
     except UserError as error:
         _debug()
         _say(f"coeft: {error}")

@@ -142,7 +142,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise UserError(f"{where}: 'format' must be {FORMAT}")
     if manifest["format"] > FORMAT:
-        raise UserError(f"{where}: format {manifest['format']} is newer than this coeft reads ({FORMAT}); upgrade coeft")
+        raise UserError(
+            f"{where}: format {manifest['format']} is newer than this coeft reads ({FORMAT}); upgrade coeft"
+        )
     base = manifest.get("base_model")
     if not isinstance(manifest.get("stack"), list) or not isinstance(base, dict):
         raise UserError(f"{where}: 'stack' must be a list and 'base_model' a mapping")

@@ -85,7 +85,9 @@ def start_from(cfg: TrainConfig, built: Assembled) -> None:
     manifest = adapter_io.read_manifest(path)
     theirs = list(adapter_io.read_stack(manifest, f"{path}/coeft.json").methods)
     if theirs != list(built.stack.methods):
-        raise UserError(f"init_from: {path} holds the stack [{', '.join(theirs)}], not [{', '.join(built.stack.methods)}]")
+        raise UserError(
+            f"init_from: {path} holds the stack [{', '.join(theirs)}], not [{', '.join(built.stack.methods)}]"
+        )
     adapter_io.check_base(manifest["base_model"], built.base, f"init_from: the adapter {path}")
     adapter_io.fill(path, built.backbone, built.stack)
 
@@ -118,14 +120,17 @@ def micro_batch_size(cfg: TrainConfig, devices: int) -> int:
     if micro is None:
         return per_device
     if micro > per_device or per_device % micro:
-        raise UserError(f"trainer.micro_batch_size is {micro}: it must divide the {per_device} samples per device and step")
+        raise UserError(
+            f"trainer.micro_batch_size is {micro}: it must divide the {per_device} samples per device and step"
+        )
     return micro
 
 
 def make_trainer(cfg: TrainConfig, root: Path, **kwargs: Any) -> L.Trainer:
     """A Lightning Trainer for fitting (give max_epochs, callbacks, loggers) or for evaluation."""
     quiet()
-    torch.utils.deterministic.fill_uninitialized_memory = False  # ours to save: nothing here reads such memory
+    # nothing here reads uninitialised memory, so deterministic=True need not spend time on filling it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return L.Trainer(
         accelerator="auto",
         devices=cfg.trainer.devices,

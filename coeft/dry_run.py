@@ -36,7 +36,8 @@ def dry_run(cfg: TrainConfig) -> None:
     out.print(f"images {describe_preprocessing(backbone.preprocessing)}\n", markup=False)
     _print_stack(built, out)
     out.print(
-        f"trainable {counts.trainable:,} (methods {counts.adapter:,}, head {counts.head:,}) of {counts.total:,} parameters\n"
+        f"trainable {counts.trainable:,} (methods {counts.adapter:,}, head {counts.head:,}) "
+        f"of {counts.total:,} parameters\n"
     )
     micro = micro_batch_size(cfg, make_trainer(cfg, Path.cwd()).num_devices)
     batch = {
@@ -47,7 +48,10 @@ def dry_run(cfg: TrainConfig) -> None:
     loss, per_sample = probe(built, batch)
     estimate = memory_estimate(built, per_sample, micro)
     free = psutil.virtual_memory().available
-    out.print(f"estimated peak memory of a step {estimate / 2**20:,.0f} MiB above the program's own, free {free / 2**20:,.0f} MiB")
+    out.print(
+        f"estimated peak memory of a step {estimate / 2**20:,.0f} MiB above the program's own, "
+        f"free {free / 2**20:,.0f} MiB"
+    )
     if estimate > free:
         out.print("more than is free: lower trainer.micro_batch_size")
     _print_data(data.summary(), folds, out)
@@ -97,7 +101,9 @@ def _print_data(summary: dict[str, Any], folds: list[Any], out: Any) -> None:
         table.add_row(split, f"{counts['images']:,}", shown + more)
     out.print(table)
     repeated = {where: count for where, count in summary["duplicates"].items() if count}
-    out.print(f"images that occur twice: {', '.join(f'{count} in {where}' for where, count in repeated.items()) or 'none'}")
+    out.print(
+        f"images that occur twice: {', '.join(f'{count} in {where}' for where, count in repeated.items()) or 'none'}"
+    )
     for where in repeated:
         out.print(f"  {where}: {'; '.join(summary['duplicate_names'].get(where, []))}", markup=False)
     out.print(f"unreadable files: {len(summary['unreadable'])}")

@@ -73,7 +73,8 @@ def _matched(data: Data, class_names: list[str]) -> Part:
     unknown = [name for name in data.class_names if name not in class_names]
     if unknown:
         raise UserError(
-            f"the data has classes the run was not trained on: {', '.join(unknown[:5])}; it knows {', '.join(class_names[:20])}"
+            f"the data has classes the run was not trained on: {', '.join(unknown[:5])}; "
+            f"it knows {', '.join(class_names[:20])}"
         )
     order = [class_names.index(name) for name in data.class_names]
     return replace(part, labels=torch.tensor(order).numpy()[part.labels])

@@ -23,7 +23,7 @@ def model_card(
     on = f"{row['n_test']} test images" if row["n_test"] else f"{row['n_val']} validation images"
     stock = (
         "\nThe LoRA part alone loads in stock peft, without the other methods and the head:\n\n"
-        "```python\nimport peft\n\nmodel = peft.PeftModel.from_pretrained(model, \"this folder\")\n```\n"
+        '```python\nimport peft\n\nmodel = peft.PeftModel.from_pretrained(model, "this folder")\n```\n'
         if "lora" in cfg.peft
         else ""
     )

@@ -65,7 +65,9 @@ class TuningModule(L.LightningModule):
             )
         self.samples_seen += len(images)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
-        self.log("lr", self.optimizers().param_groups[0]["lr"], on_step=True, on_epoch=False)
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        self.log("lr", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

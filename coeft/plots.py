@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen first: there is no screen)
 from torch import Tensor  # noqa: E402
 
-from coeft.adapt import Stack  # noqa: E402
+from coeft.adapt import Attachment, Stack  # noqa: E402
 
 DPI = 120
 
@@ -59,7 +59,9 @@ def confusion(counts: Tensor, class_names: list[str], path: Path) -> None:
             for column in range(len(class_names)):
                 if counts[row, column]:
                     shade = "white" if shares[row, column] > 0.5 else "black"
-                    axis.text(column, row, int(counts[row, column]), ha="center", va="center", color=shade, fontsize=7)
+                    axis.text(
+                        column, row, str(int(counts[row, column])), ha="center", va="center", color=shade, fontsize=7
+                    )
     axis.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
     _save(figure, path)
@@ -96,7 +98,7 @@ def coefficients(stack: Stack, path: Path) -> None:
     _save(figure, path)
 
 
-def alphas(attachment) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def alphas(attachment: Attachment) -> dict[str, Tensor]:
     """Site name -> α (H, H) of a coeff attachment, in its portable form (the identity left out)."""
     _, tensors = attachment.pack()
     return {name.removeprefix("base_model.model.").rsplit(".", 2)[0]: tensor for name, tensor in tensors.items()}

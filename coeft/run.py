@@ -63,7 +63,9 @@ def check_run_dir(cfg: TrainConfig) -> None:
     if (path / "results.json").exists():
         raise UserError(f"run_dir: {path} holds a complete run; choose another folder")
     if (path / "config.yaml").exists():
-        raise UserError(f"run_dir: {path} holds an incomplete run; continue it by `coeft resume {shlex.quote(str(path))}`")
+        raise UserError(
+            f"run_dir: {path} holds an incomplete run; continue it by `coeft resume {shlex.quote(str(path))}`"
+        )
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"run_dir: {path} exists and is not empty; choose another folder")
     if path.exists() and not path.is_dir():
@@ -115,9 +117,7 @@ def environment(fingerprint: str, threads: int) -> dict[str, Any]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     source = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    git = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     tracked = subprocess.run(
         ["git", "-C", str(source), "ls-files", "--error-unmatch", Path(__file__).name],
         capture_output=True, check=False,

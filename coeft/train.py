@@ -1,7 +1,6 @@
 """The composition root: train(cfg) runs one config from data to results.json."""
 
 import logging
-import math
 import shlex
 import signal
 import statistics
@@ -256,8 +255,8 @@ def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assem
     bar = cfg.trainer.progress and sys.stderr.isatty()
     if bar:
         callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
-    scalars = [name for name in task.metrics() if name != "confusion"]
-    loggers = [MetricsCSV(run_dir / "metrics.csv", fold=fold.index, metrics=sorted(scalars))]
+    scalars = sorted(str(name) for name in task.metrics() if name != "confusion")
+    loggers = [MetricsCSV(run_dir / "metrics.csv", fold=fold.index, metrics=scalars)]
     place = run_dir.name if folder == run_dir else f"{run_dir.name}/{folder.name}"
     loggers += cfg.logger.build(run_dir, name=place, config=yaml.safe_load(to_yaml(cfg)))
     trainer = make_trainer(

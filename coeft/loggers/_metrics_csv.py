@@ -35,12 +35,12 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row = {name: value for name, value in metrics.items() if name in self.columns}
+        row: dict[str, float | int | None] = {name: value for name, value in metrics.items() if name in self.columns}
         if not row.keys() - {"epoch"}:
             return
         row |= {"fold": self.fold, "step": step, "seconds": round(time.monotonic() - self.started, 3)}
         if "epoch" in row:
-            row["epoch"] = int(row["epoch"])
+            row["epoch"] = int(metrics["epoch"])
         new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)

@@ -7,20 +7,21 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import coeft as library
 import numpy as np
 import peft
 import pytest
 import timm
 import torch
-from coeft.assemble import restore
-from coeft.errors import UserError
-from coeft.evaluate import evaluate
-from coeft.run import Run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import QUICK, coeft, results, trained
 from torch import Tensor, nn
+
+import coeft as library
+from coeft.assemble import restore
+from coeft.errors import UserError
+from coeft.evaluate import evaluate
+from coeft.run import Run
 
 OPTIONS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
@@ -258,7 +259,15 @@ def test_dry_run_shows_without_training(tmp_path: Path, capsys: pytest.CaptureFi
     assert coeft("train", *QUICK, "peft=[coeff,lora]", "dry_run=true", f"run_dir={run}") == 0
     shown = capsys.readouterr().err
     assert not run.exists()
-    for text in ("blocks.0.attn", "maps (attn_drop)", "rank 8", "trainable 3,434", "estimated peak memory", "train", "every method was called"):
+    for text in (
+        "blocks.0.attn",
+        "maps (attn_drop)",
+        "rank 8",
+        "trainable 3,434",
+        "estimated peak memory",
+        "train",
+        "every method was called",
+    ):
         assert text in shown, text
 
 

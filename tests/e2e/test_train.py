@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import QUICK, TINY, coeft, lasting, results, trained
+
 from coeft.cli.compose import compose
 from coeft.run import Run
 from coeft.train import Interrupted, resume, train
-from small import QUICK, TINY, coeft, lasting, results, trained
 
 STACKS = ["peft=none", "peft=coeff", "peft=[coeff]", "peft=lora", "peft=[coeff,lora]", "peft=bitfit", "peft=full"]
 
@@ -36,7 +37,14 @@ def test_a_cross_validation_writes_what_the_contract_says(tmp_path: Path) -> Non
     adapter = 2 * 16 + 2 * 8 * (32 + 96 + 32 + 32)
     assert values["adapter_params"] == adapter
     assert values["trainable_params"] == adapter + 330
-    for name in ("config.yaml", "metrics.csv", "log.txt", "environment.json", "plots/curves.png", "plots/confusion.png"):
+    for name in (
+        "config.yaml",
+        "metrics.csv",
+        "log.txt",
+        "environment.json",
+        "plots/curves.png",
+        "plots/confusion.png",
+    ):
         assert (run / name).stat().st_size > 0, name
     for fold in range(3):
         assert (run / f"fold_{fold}" / "adapter" / "adapter_model.safetensors").is_file()
