@@ -43,6 +43,7 @@ FAMILIES = {
     "vit_registers": Family("vit_medium_patch16_reg4_gap_256", 2, {3}, VIT),
     "vit_relpos": Family("vit_relpos_small_patch16_224", 2, {3}, VIT),
     "vit_parallel": Family("vit_small_patch16_18x2_224", 4, {3}, VIT),
+    "vit_parallel_scaling": Family("vit_pwee_patch16_reg1_gap_256", 2, {3}, VIT),
     "deit3": Family("deit3_small_patch16_224", 2, {3}, VIT),
     "dinov2": Family("vit_small_patch14_dinov2", 2, {3}, VIT),
     "dinov2_registers": Family("vit_small_patch14_reg4_dinov2", 2, {3}, VIT),

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load, save
+from timm.layers.attention2d import Attention2d
 from tiny import FAMILIES, as_backbone, tiny_backbone, tiny_images, tiny_model
 from torch import Tensor, nn
 
@@ -58,6 +59,20 @@ def test_zero_is_plain_timm_and_anything_else_is_not(family: str) -> None:
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=2e-5)
         set_random(attachment)
         assert (model(images) - expected).abs().max() > 0.05 * expected.std()
+
+
+def test_attention_of_custom_efficientnets() -> None:
+    """timm.layers.Attention2d, which no registered model has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention2d(24, num_heads=3)).eval()
+    images = torch.randn(2, 24, 5, 7)
+    expected = model(images)
+    (site,) = find_sites(model)[0]
+    mixer = CoeffMixer(site.num_heads)
+    site.install(mixer.eval())
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
+    mixer.set_alpha(torch.randn(3, 3))
+    assert (model(images) - expected).abs().max() > 0.05 * expected.std()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -517,6 +532,7 @@ REFUSED = {
     "samvit_base_patch16": "SAM.*not laid out as",
     "volo_d1_224": "VOLO.*not laid out as",
     "vit_dpwee_patch16_reg1_gap_256": "pairs of maps are subtracted",
+    "vit_dwee_patch16_reg1_gap_256": "pairs of maps are subtracted",
     "coat_tiny": "CoaT.*factorised attention",
     "efficientvit_m0": "EfficientViT",
 }
