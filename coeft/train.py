@@ -1,6 +1,7 @@
 """The composition root: train(cfg) runs one config from data to results.json."""
 
 import logging
+import math
 import shlex
 import signal
 import statistics
@@ -250,7 +251,7 @@ def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assem
             )
     elif cfg.trainer.patience is not None:
         raise UserError("trainer.patience needs validation data: set cv.val_fraction, data.n_val or a validation split")
-    checkpoint = ModelCheckpoint(checkpoints, "best", save_last=True, enable_version_counter=False, **monitored)
+    checkpoint = BestEpoch(checkpoints, "best", save_last=True, enable_version_counter=False, **monitored)
     callbacks.append(checkpoint)
     bar = cfg.trainer.progress and sys.stderr.isatty()
     if bar:
@@ -315,6 +316,32 @@ def measure(cfg: TrainConfig, built: Assembled, part: Part) -> tuple[dict[str, A
     # torchmetrics computes in float32, which holds 7 digits
     metrics: dict[str, Any] = {name: round(float(value), 7) for name, value in sorted(scalars.items())}
     return metrics | {"per_class_accuracy": per_class_accuracy(confusion)}, confusion
+
+
+class BestEpoch(ModelCheckpoint):
+    """Keeps the epoch with the best monitored metric; among equals, the one with the lowest validation loss.
+
+    Accuracy on a small validation part takes few values, and the first of many equal epochs is seldom the best.
+    """
+
+    lowest_loss = math.inf
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: torch.Tensor | None = None) -> bool:
+        if current is None:
+            return False
+        loss = float(trainer.callback_metrics["val/loss"])
+        equal = self.best_model_score is not None and bool(current == self.best_model_score)
+        better = super().check_monitor_top_k(trainer, current) or (equal and loss < self.lowest_loss)
+        if better:
+            self.lowest_loss = loss
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "lowest_loss": self.lowest_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.lowest_loss = state_dict["lowest_loss"]
 
 
 class EpochLog(L.Callback):
