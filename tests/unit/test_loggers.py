@@ -43,7 +43,8 @@ def test_each_fold_is_a_run_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_wandb_without_a_login_is_the_users_to_mend(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from coeft.loggers.wandb import Wandb; Wandb().build(pathlib.Path(sys.argv[1]), 'run', {})"
+    build = "Wandb().build(pathlib.Path(sys.argv[1]), 'run', {})"
+    code = f"import pathlib, sys; from coeft.loggers.wandb import Wandb; {build}"
     hidden = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     # a process of its own: wandb reads its environment once
