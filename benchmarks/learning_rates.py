@@ -53,7 +53,7 @@ def pretrain_b(folder: Path) -> Path:
     """Train model B; return its weights as a file for backbone.weights."""
     run = folder / "model_b"
     arguments = ["recipe=pretrain/fashion_mnist_vit", *B, "backbone.pretrained=false", "data.classes=[0,1,2,3,4]"]
-    if coeft(["train", *arguments, *PIXELS, "trainer.max_epochs=12", f"run_dir={run}"]) != 0:
+    if coeft(["train", *arguments, *PIXELS, "trainer.max_epochs=8", f"run_dir={run}"]) != 0:
         raise SystemExit("pre-training of model B failed")
     return export_weights(run, folder / "model_b.safetensors")
 

@@ -13,7 +13,7 @@ from coeft import adapter_io
 from coeft.adapt import Stack
 from coeft.backbones._backbone import Backbone, Preprocessing
 from coeft.config import TrainConfig, Trainer
-from coeft.data._data import resolve_preprocessing
+from coeft.data._data import Part, resolve_preprocessing
 from coeft.data._transforms import Augment, Normalize
 from coeft.errors import UserError
 from coeft.module import TuningModule
@@ -90,6 +90,21 @@ def start_from(cfg: TrainConfig, built: Assembled) -> None:
         )
     adapter_io.check_base(manifest["base_model"], built.base, f"init_from: the adapter {path}")
     adapter_io.fill(path, built.backbone, built.stack)
+
+
+def check_forward(built: Assembled, part: Part) -> None:
+    """Send one or two images through the model, which must call every method of the stack.
+
+    Raises:
+        UserError: a method is not called, or the model cannot take images of this size.
+    """
+    images = torch.from_numpy(part.fetch(range(min(2, len(part)))))
+    try:
+        built.stack.probe(built.backbone, built.module.prepare(images))
+    except (RuntimeError, AssertionError) as error:
+        height, width = images.shape[-2:]
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{built.backbone.name} fails on images of {height} x {width} pixels: {reason}") from error
 
 
 def set_threads(cfg: TrainConfig) -> int:

@@ -10,7 +10,15 @@ from rich.table import Table
 from torch import Tensor
 
 from coeft.adapt import count_parameters
-from coeft.assemble import Assembled, assemble, describe_preprocessing, make_trainer, micro_batch_size, set_threads
+from coeft.assemble import (
+    Assembled,
+    assemble,
+    check_forward,
+    describe_preprocessing,
+    make_trainer,
+    micro_batch_size,
+    set_threads,
+)
 from coeft.config import TrainConfig, to_yaml
 from coeft.run import check_run_dir
 from coeft.tables import console
@@ -44,7 +52,7 @@ def dry_run(cfg: TrainConfig) -> None:
         "pixel_values": torch.from_numpy(folds[0].train.fetch(range(min(2, len(folds[0].train))))),
         "labels": torch.from_numpy(folds[0].train.labels[:2]),
     }
-    built.stack.probe(built.backbone, built.module.prepare(batch["pixel_values"]))
+    check_forward(built, folds[0].train)
     loss, per_sample = probe(built, batch)
     estimate = memory_estimate(built, per_sample, micro)
     free = psutil.virtual_memory().available

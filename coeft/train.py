@@ -25,6 +25,7 @@ from coeft.assemble import (
     Assembled,
     assemble,
     build_backbone,
+    check_forward,
     describe_preprocessing,
     make_trainer,
     micro_batch_size,
@@ -183,8 +184,7 @@ def _fit_fold(
     built = assemble(cfg, backbone or build_backbone(cfg), len(data.class_names), fold=fold.index)
     if cfg.init_from is not None:
         start_from(cfg, built)
-    sample = torch.from_numpy(fold.train.fetch(range(min(2, len(fold.train)))))
-    built.stack.probe(built.backbone, built.module.prepare(sample))
+    check_forward(built, fold.train)
     counts = count_parameters(built.backbone, built.stack)
     name = "all data" if is_refit(cfg, fold) else f"fold {fold.index + 1}/{cfg.cv.folds}" if cfg.cv.folds > 1 else "run"
     log.info(
