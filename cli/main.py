@@ -18,6 +18,7 @@ COMMANDS = {
     "export": ("export", "main", "hand out a run's adapter"),
     "list": ("catalogue", "list_main", "list recipes, backbones, methods, datasets or runs"),
     "show": ("catalogue", "show_main", "print a recipe or a method's card"),
+    "cache": ("cache", "main", "show or clear the cache of decoded images"),
     "copy": ("catalogue", "copy_main", "copy a recipe to a file of yours"),
 }
 

@@ -141,6 +141,8 @@ def _run_folds(
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    for name in data.skipped:  # standard error has had the count already
+        handler.handle(log.makeRecord(log.name, logging.WARNING, "", 0, f"unreadable, left out: {name}", (), None))
     try:
         stack = " + ".join(cfg.peft) or "head only"
         log.info("%s, %s, data %s", backbone.name, stack, cfg.data.kind)
@@ -265,6 +267,7 @@ def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assem
         folder,
         max_epochs=cfg.trainer.max_epochs,
         gradient_clip_val=cfg.trainer.clip_norm,
+        limit_val_batches=None if fold.val is not None else 0,
         callbacks=callbacks,
         logger=loggers,
         log_every_n_steps=1,
@@ -282,6 +285,9 @@ def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assem
     loader.start_epoch = done
     with interruptible(run_dir):
         trainer.fit(built.module, datamodule=loader, ckpt_path=last if done else None, weights_only=True)
+    for logger in loggers:
+        if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
+            logger.experiment.finish()  # wandb: the next fold is a run of its own
     best = torch.load(checkpoint.best_model_path or last, map_location="cpu", weights_only=True)
     built.module.load_state_dict(best["state_dict"], strict=False)
     return int(best["epoch"])

@@ -1,0 +1,21 @@
+"""coeft cache: where decoded images lie, and how to be rid of them."""
+
+from .arguments import Parser
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("cache", "Show the cache of decoded images, or clear it. COEFT_CACHE=DIR moves it.")
+    parser.add_argument("what", nargs="?", choices=["clear"], help="delete all entries")
+    arguments = parser.parse_args(argv)
+    from coeft.data._cache import cache_info, clear_cache
+    from coeft.run import shorten_home
+
+    if arguments.what == "clear":
+        files, size = clear_cache()
+        print(f"deleted {files} files, {size / 2**20:.1f} MiB")
+        return 0
+    info = cache_info()
+    print(f"{shorten_home(str(info['folder']))}: {info['files']} files, {info['bytes'] / 2**20:.1f} MiB")
+    for entry in info["entries"]:
+        print(f"  {entry['bytes'] / 2**20:8.1f} MiB  {entry['images'] or 0:>8} images  {entry['made_from']}")
+    return 0
