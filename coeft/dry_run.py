@@ -12,8 +12,6 @@ from torch import Tensor
 from coeft.adapt import count_parameters
 from coeft.assemble import (
     Assembled,
-    assemble,
-    check_forward,
     describe_preprocessing,
     make_trainer,
     micro_batch_size,
@@ -35,8 +33,9 @@ def dry_run(cfg: TrainConfig) -> None:
     set_threads(cfg)
     out = console(sys.stderr)
     out.print(to_yaml(cfg), markup=False)
-    backbone, data, folds = prepare(cfg)
-    built = assemble(cfg, backbone, len(data.class_names))
+    prepared = prepare(cfg)
+    data, folds, built = prepared.data, prepared.folds, prepared.first
+    backbone = built.backbone
     counts = count_parameters(built.backbone, built.stack)
     out.print(f"backbone {backbone.name}: {len(backbone.blocks)} blocks, {len(backbone.sites)} attention sites")
     if backbone.refusal:
@@ -52,7 +51,6 @@ def dry_run(cfg: TrainConfig) -> None:
         "pixel_values": torch.from_numpy(folds[0].train.fetch(range(min(2, len(folds[0].train))))),
         "labels": torch.from_numpy(folds[0].train.labels[:2]),
     }
-    check_forward(built, folds[0].train)
     loss, per_sample = probe(built, batch)
     estimate = memory_estimate(built, per_sample, micro)
     free = psutil.virtual_memory().available

@@ -7,7 +7,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from coeft import adapter_io, plots
 from coeft.adapt import count_parameters
@@ -86,11 +88,11 @@ def train(cfg: TrainConfig) -> Path:
     started = time.monotonic()
     check_run_dir(cfg)
     threads = set_threads(cfg)
-    backbone, data, folds = prepare(cfg)
+    prepared = prepare(cfg)
     run_dir = create_run_dir(cfg)
     write_config(run_dir / "config.yaml", cfg)
-    write_json(run_dir / "environment.json", environment(data.fingerprint, threads))
-    return _run_folds(cfg, run_dir, backbone, data, folds, started)
+    write_json(run_dir / "environment.json", environment(prepared.data.fingerprint, threads))
+    return _run_folds(cfg, run_dir, prepared, started)
 
 
 def resume(path: str | Path) -> Path:
@@ -114,29 +116,74 @@ def resume(path: str | Path) -> Path:
     if before and cfg.trainer.threads is None:
         torch.set_num_threads(before["threads"])
     threads = set_threads(cfg)
-    backbone, data, folds = prepare(cfg)
-    if before and before["data_fingerprint"] != data.fingerprint:
+    prepared = prepare(cfg)
+    if before and before["data_fingerprint"] != prepared.data.fingerprint:
         raise UserError(f"{run_dir}: the data is not what the run began with; put it back, or start a new run")
     if before is None:
-        write_json(run_dir / "environment.json", environment(data.fingerprint, threads))
-    return _run_folds(cfg, run_dir, backbone, data, folds, started)
+        write_json(run_dir / "environment.json", environment(prepared.data.fingerprint, threads))
+    return _run_folds(cfg, run_dir, prepared, started)
 
 
-def prepare(cfg: TrainConfig) -> tuple[Backbone, Data, list[Fold]]:
-    """The base model, the data in its size, and how it is divided."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that has passed every check before its first step; nothing is written yet."""
+
+    data: Data
+    folds: list[Fold]
+    first: Assembled
+    """The model of the first fold."""
+
+
+def prepare(cfg: TrainConfig) -> Prepared:
+    """The data in the base model's size, how it is divided, and the first fold's model, which was tried.
+
+    Raises:
+        UserError: whatever would stop the training before its first step.
+    """
     backbone = build_backbone(cfg)
-    data = load_data(cfg.data, seed=cfg.seed, preprocessing=backbone.preprocessing, group=cfg.cv.group)
+    with decoding(show=cfg.trainer.progress and sys.stderr.isatty()) as progress:
+        data = load_data(
+            cfg.data, seed=cfg.seed, preprocessing=backbone.preprocessing, group=cfg.cv.group, progress=progress
+        )
     if len(data.class_names) < 2:
         raise UserError(f"the data has {len(data.class_names)} class; classification needs two or more")
     folds = make_folds(data, cfg.cv, cfg.seed)
     if cfg.cv.folds > 1 and cfg.cv.refit:
         folds.append(refit_fold(data, cfg.cv, cfg.seed))
-    return backbone, data, folds
+    if cfg.trainer.patience is not None and any(fold.val is None for fold in folds):
+        raise UserError("trainer.patience needs validation data: set cv.val_fraction, data.n_val or a validation split")
+    if isinstance(cfg.trainer.devices, int):
+        micro_batch_size(cfg, cfg.trainer.devices)
+    return Prepared(data=data, folds=folds, first=_assemble_fold(cfg, backbone, data, folds[0]))
 
 
-def _run_folds(
-    cfg: TrainConfig, run_dir: Path, backbone: Backbone, data: Data, folds: list[Fold], started: float
-) -> Path:
+def _assemble_fold(cfg: TrainConfig, backbone: Backbone, data: Data, fold: Fold) -> Assembled:
+    built = assemble(cfg, backbone, len(data.class_names), fold=fold.index)
+    if cfg.init_from is not None:
+        start_from(cfg, built)
+    check_forward(built, fold.train)
+    return built
+
+
+@contextmanager
+def decoding(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A function to report decoded images to, and a bar for each part of the data that takes a while."""
+    if not show:
+        yield lambda part, done, total: None
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(part: str, done: int, total: int) -> None:
+            if part not in tasks:
+                tasks[part] = bars.add_task(f"decoding {part}", total=total)
+            bars.update(tasks[part], completed=done)
+
+        yield report
+
+
+def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: float) -> Path:
+    data, folds = prepared.data, prepared.folds
     handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
@@ -145,15 +192,17 @@ def _run_folds(
         handler.handle(log.makeRecord(log.name, logging.WARNING, "", 0, f"unreadable, left out: {name}", (), None))
     try:
         stack = " + ".join(cfg.peft) or "head only"
-        log.info("%s, %s, data %s", backbone.name, stack, cfg.data.kind)
-        log.info("images: %s", describe_preprocessing(backbone.preprocessing))
+        log.info("%s, %s, data %s", prepared.first.backbone.name, stack, cfg.data.kind)
+        log.info("images: %s", describe_preprocessing(prepared.first.backbone.preprocessing))
         outcomes = []
         for fold in folds:
-            folder = fold_dir(run_dir, cfg, fold, folds)
+            folder = fold_dir(run_dir, cfg, fold)
             if (folder / "fold.json").is_file():
                 outcomes.append(Outcome(**read_json(folder / "fold.json")))
                 continue
-            outcomes.append(_fit_fold(cfg, run_dir, folder, fold, backbone if fold is folds[0] else None, data, folds))
+            first = fold is folds[0]
+            built = prepared.first if first else _assemble_fold(cfg, build_backbone(cfg), data, fold)
+            outcomes.append(_fit_fold(cfg, run_dir, folder, fold, built, data))
         write_json(run_dir / "results.json", _results(cfg, run_dir, outcomes, data.class_names, started))
         print_folds(read_json(run_dir / "results.json"), file=sys.stderr)
         return run_dir
@@ -167,7 +216,7 @@ def is_refit(cfg: TrainConfig, fold: Fold) -> bool:
     return cfg.cv.folds > 1 and fold.index >= cfg.cv.folds
 
 
-def fold_dir(run_dir: Path, cfg: TrainConfig, fold: Fold, folds: list[Fold]) -> Path:
+def fold_dir(run_dir: Path, cfg: TrainConfig, fold: Fold) -> Path:
     """Where a fold keeps its checkpoints, adapter and plots: the run itself for standard training and the refit."""
     if cfg.cv.folds <= 1 or is_refit(cfg, fold):
         return run_dir
@@ -179,14 +228,9 @@ def _fit_fold(
     run_dir: Path,
     folder: Path,
     fold: Fold,
-    backbone: Backbone | None,
+    built: Assembled,
     data: Data,
-    folds: list[Fold],
 ) -> Outcome:
-    built = assemble(cfg, backbone or build_backbone(cfg), len(data.class_names), fold=fold.index)
-    if cfg.init_from is not None:
-        start_from(cfg, built)
-    check_forward(built, fold.train)
     counts = count_parameters(built.backbone, built.stack)
     name = "all data" if is_refit(cfg, fold) else f"fold {fold.index + 1}/{cfg.cv.folds}" if cfg.cv.folds > 1 else "run"
     log.info(
@@ -251,8 +295,6 @@ def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assem
             callbacks.append(
                 EarlyStopping(f"val/{task.metric}", mode=task.mode, patience=cfg.trainer.patience, min_delta=0.0)
             )
-    elif cfg.trainer.patience is not None:
-        raise UserError("trainer.patience needs validation data: set cv.val_fraction, data.n_val or a validation split")
     checkpoint = BestEpoch(checkpoints, "best", save_last=True, enable_version_counter=False, **monitored)
     callbacks.append(checkpoint)
     bar = cfg.trainer.progress and sys.stderr.isatty()

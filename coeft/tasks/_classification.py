@@ -11,11 +11,15 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from coeft.errors import UserError
+
 
 class ClassificationTask:
     """What a classification run optimises and reports over `num_classes` classes."""
 
     def __init__(self, num_classes: int, *, metric: str, label_smoothing: float) -> None:
+        if metric == "top5" and num_classes <= 5:
+            raise UserError(f"task.metric=top5 needs more than 5 classes; the data has {num_classes}")
         self.num_classes = num_classes
         self.metric = metric
         self.label_smoothing = label_smoothing

@@ -1,6 +1,7 @@
 """What a user gets wrong, by the installed command: exit code 2, one short message, no traceback, nothing left."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,28 @@ def test_a_run_directory_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "mine.txt").write_text("keep me")
     assert coeft("train", *TINY, "data=digits", f"run_dir={tmp_path / 'run'}") == 2
     assert os.listdir(tmp_path / "run") == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["peft=lora", r"peft.lora.target_modules=['attn\.qvk$']"], "qvk"),
+        (["peft=coeff", "peft.coeff.layers=[7]"], "no layer 7"),
+        (["trainer.patience=2", "cv.val_fraction=0"], "trainer.patience needs validation data"),
+        (["data.batch_size=30", "trainer.micro_batch_size=7"], "micro_batch_size"),
+        (["backbone.name=resnet18", "backbone.options={}", "peft=coeff"], "resnet18|ResNet"),
+        (["cv.folds=300"], "fold"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_run_behind(
+    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert coeft("train", *TINY, "data=digits", *overrides, f"run_dir={tmp_path / 'run'}") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_top5_of_few_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder_of(tmp_path / "images")
+    assert coeft("train", *TINY, "data=image_folder", f"data.root={root}", "task.metric=top5", "run_dir=run") == 2
+    assert "top5 needs more than 5 classes" in capsys.readouterr().err
