@@ -105,5 +105,5 @@ def alphas(attachment: Attachment) -> dict[str, Tensor]:
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
     plt.close(figure)
