@@ -92,11 +92,10 @@ def save_adapter(
             if method in stock and others:
                 config = {**config, "other_parts_need_coeft": others}
             write_json(folder / "adapter_config.json", dict(sorted(config.items())))
-            save_file(_plain(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        head = {name: parameter.detach() for name, parameter in backbone.head_parameters().items()}
+            write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+        head = dict(backbone.head_parameters())
         names = json.dumps(class_names, ensure_ascii=False)
-        # one entry only: safetensors writes several in an order that differs from process to process
-        save_file(_plain(head), part / "head.safetensors", metadata={"class_names": names})
+        write_tensors(part / "head.safetensors", head, {"class_names": names})
         write_json(
             part / "coeft.json",
             {
@@ -121,9 +120,17 @@ def save_adapter(
         raise
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Detached, contiguous copies on the CPU, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that others may read, as the umask allows.
+
+    Args:
+        metadata: one entry at most: safetensors writes several in an order that differs from process to process.
+    """
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(plain, path, metadata=metadata)
+    path.chmod(mode)  # safetensors makes it readable by its owner alone
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

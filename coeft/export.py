@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from coeft.adapter_io import read_manifest
+from coeft.adapter_io import read_manifest, write_tensors
 from coeft.errors import UserError
 from coeft.run import Run
 
@@ -48,8 +48,6 @@ def export_weights(path: str | Path, out: Path) -> Path:
     Raises:
         UserError: a method of the stack cannot be folded, or `out` exists.
     """
-    from safetensors.torch import save_file
-
     from coeft.adapt import merge
     from coeft.assemble import restore
 
@@ -61,10 +59,6 @@ def export_weights(path: str | Path, out: Path) -> Path:
     if left:
         raise UserError(f"{run.path}: {', '.join(left)} cannot be folded into the base model's weights")
     head = built.backbone.head
-    state = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in built.backbone.model.state_dict().items()
-        if not name.startswith(f"{head}.")
-    }
-    save_file(state, out, metadata={"format": "pt"})
+    state = built.backbone.model.state_dict()
+    write_tensors(out, {name: state[name] for name in state if not name.startswith(f"{head}.")}, {"format": "pt"})
     return out

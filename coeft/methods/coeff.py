@@ -33,7 +33,8 @@ class Coeff(MethodSettings):
     """Settings of Coeff-Tuning. `layers` chooses among the attention layers, as dry_run lists them."""
 
     kind: str = "coeff"
-    lr: float | None = 1e-3
+    lr: float | None = 1e-2
+    """Peak learning rate of alpha; docs/learning-rates.md has the measurement. Null takes optim.lr."""
     dropout: float = 0.2
     """Probability of dropping an entry of alpha, drawn once a forward, in [0, 1). The paper's setting is 0.2."""
     init: str = "residual"

@@ -8,10 +8,12 @@ from coeft.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """Rates of the task head; null takes those of the optimizer."""
+    """Rates of the task head."""
 
-    lr: float | None = None
+    lr: float | None = 1e-2
+    """Peak learning rate: a fresh head learns from nothing, so it wants a larger one. Null takes optim.lr."""
     weight_decay: float | None = None
+    """Null takes optim.weight_decay."""
 
 
 def check_rates(where: str, lr: float | None, weight_decay: float | None) -> None:
