@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from coeft.adapt import Stack
+from coeft.adapt import Stack, copy_into
 from coeft.backbones._backbone import Backbone
 from coeft.config import method_settings
 from coeft.errors import UserError
@@ -217,19 +217,7 @@ def fill(path: Path, backbone: Backbone, stack: Stack) -> None:
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
     tensors, _ = read_tensors(path / "head.safetensors")
-    parameters = backbone.head_parameters()
-    wrong = [f"lacks {name}" for name in parameters if name not in tensors]
-    wrong += [f"has {name} besides" for name in tensors if name not in parameters]
-    wrong += [
-        f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in tensors and tensors[name].shape != parameter.shape
-    ]
-    if wrong:
-        raise UserError(f"{path}/head.safetensors: {'; '.join(wrong)}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+    copy_into(backbone.head_parameters(), tensors, f"{path}/head.safetensors")
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Module:
