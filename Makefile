@@ -20,7 +20,7 @@ quickstart: $(INSTALLED)  ## set up, then run the main job: five folds of a smal
 	$(BIN)/coeft train recipe=quickstart
 
 test: $(INSTALLED_DEV) lint  ## set up with test extras, then lint, check types and run the tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow"
 
 test-slow: $(INSTALLED_DEV)  ## the tests that take more than 20 seconds each
 	$(BIN)/python -m pytest -q -m slow
