@@ -14,10 +14,18 @@ class _Line(logging.Formatter):
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to what standard error is at the time: a progress bar puts itself there, so that lines stay above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 @contextmanager
 def messages() -> Iterator[None]:
     """Show what the logger `coeft` says, for as long as a command runs."""
-    logger, handler = logging.getLogger("coeft"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("coeft"), _Stderr()
     handler.setFormatter(_Line())
     before = logger.level
     logger.addHandler(handler)

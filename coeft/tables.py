@@ -22,14 +22,18 @@ def spread(mean: float | None, std: float | None) -> str:
 def print_folds(results: Mapping[str, Any], *, file: IO[str]) -> None:
     """One run: a row per fold, then mean ± sd, trainable parameters and time."""
     metric = results["metric"]
-    measured_on = "test" if results["folds"][0]["n_test"] else "validation (there is no test data)"
+    several = len(results["folds"]) > 1
+    held = "held out" if several else "test"
+    measured_on = "the held-out fold" if several else "the test split"
+    if not results["folds"][0]["n_test"]:
+        measured_on = "validation (there is no test split)"
     table = Table(title=f"{results['recipe'] or 'train'}: {metric} on {measured_on}")
-    for name in ("fold", metric, "best epoch", "train", "val", "test"):
+    for name in ("fold", metric, "best epoch", "train", "val", held):
         table.add_column(name, justify="right")
     for row in results["folds"]:
         value = "none" if row["value"] is None else f"{row['value']:.4f}"
         table.add_row(*map(str, (row["fold"], value, row["best_epoch"], row["n_train"], row["n_val"], row["n_test"])))
-    if len(results["folds"]) > 1:
+    if several:
         table.add_section()
         table.add_row("mean ± sd", spread(results["mean"], results["std"]))
     out = console(file)
@@ -39,7 +43,7 @@ def print_folds(results: Mapping[str, Any], *, file: IO[str]) -> None:
         f"({results['adapter_params']:,} without the head) in {results['wall_s']:.0f} s, "
         f"{results['samples_per_s']:.0f} samples/s, peak memory {results['peak_rss_mb']:.0f} MiB"
     )
-    if results["test"] and len(results["folds"]) > 1:
+    if results["test"] and several:
         out.print(f"test split, mean over the fold models: {metric} {results['test'][metric]:.4f}")
 
 

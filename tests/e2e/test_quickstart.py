@@ -38,3 +38,14 @@ def test_the_comparison_of_stacks(tmp_path: Path) -> None:
     assert members["coeff_lora"]["mean"] - members["none"]["mean"] > members["coeff_lora"]["std"]
     assert members["coeff"]["mean"] - members["none"]["mean"] > members["coeff"]["std"]
     assert members["coeff"]["adapter_params"] == 384
+
+
+@pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="dataset-fashion-mnist is not installed"
+)
+def test_a_thousand_images_of_fashion_mnist(tmp_path: Path) -> None:
+    line = ["data=fashion_mnist", "data.n_train=1000", "data.n_test=500", "trainer.max_epochs=2", "trainer.threads=1"]
+    assert coeft("train", *line, "peft=[coeff,lora]", "trainer.progress=false", f"run_dir={tmp_path / 'run'}") == 0
+    values = results(tmp_path / "run")
+    assert values["folds"][0]["n_train"] == 900 and values["folds"][0]["n_test"] == 500
+    assert values["value"] > 0.6  # the small ViT knows these classes; chance is 0.1
