@@ -11,7 +11,7 @@ class OptimSettings:
     """Rates and their schedule."""
 
     kind: str = ""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Peak learning rate of every PEFT parameter whose method sets none of its own."""
     weight_decay: float = 0.0
     """Weight decay of the same parameters. One-dimensional ones (biases, norms) get none."""
