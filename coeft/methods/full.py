@@ -26,6 +26,8 @@ class Full(MethodSettings):
     """Settings of full fine-tuning; `layers` counts the backbone's blocks."""
 
     kind: str = "full"
+    lr: float | None = 1e-3
+    """Peak learning rate, below that of the other methods (docs/learning-rates.md). Null takes optim.lr."""
 
     def attach(self, backbone: "Backbone") -> "Attachment":
         """Unfreeze everything outside of the head.
