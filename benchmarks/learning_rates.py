@@ -40,7 +40,7 @@ SETTINGS = {
 HEAD = "optim.head.lr=0.01"  # the head's own rate while a method's is varied
 GRIDS: dict[str, tuple[list[str], str, list[float]]] = {
     "head alone": (["peft=none"], "optim.head.lr", [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
-    "coeff": (["peft=[coeff]", HEAD], "peft.coeff.lr", [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
+    "coeff": (["peft=[coeff]", HEAD], "peft.coeff.lr", [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0]),
     "lora": (["peft=[lora]", HEAD], "peft.lora.lr", [1e-3, 3e-3, 1e-2]),
     "coeff beside lora": (["peft=[coeff,lora]", HEAD, "peft.lora.lr=0.003"], "peft.coeff.lr", [1e-3, 3e-3, 1e-2, 3e-2]),
     "bitfit": (["peft=[bitfit]", HEAD], "peft.bitfit.lr", [1e-3, 3e-3, 1e-2]),
