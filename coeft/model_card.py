@@ -1,5 +1,6 @@
 """The README.md of an adapter."""
 
+from pathlib import Path
 from typing import Any
 
 from coeft.adapt import ParameterCount
@@ -50,7 +51,7 @@ tags: [{", ".join(["coeft", "peft", *cfg.peft])}]
 import coeft
 import timm
 
-model = timm.create_model(...)  # {backbone.name} with the pre-trained weights it was trained on
+{_base_model(cfg)}
 model = coeft.load_adapter(model, "this folder")
 ```
 
@@ -58,3 +59,18 @@ The class names, in the order of the logits, stand in the metadata of `head.safe
 {stock}
 Written by coeft {versions().get("coeft", "")}.
 """
+
+
+def _base_model(cfg: TrainConfig) -> str:
+    """The lines that make the base model."""
+    settings = cfg.backbone
+    options = dict(settings.options)
+    if cfg.data.image_size is not None:
+        options["img_size"] = cfg.data.image_size
+    hub = settings.pretrained and settings.weights is None
+    arguments = [repr(settings.name), *(["pretrained=True"] if hub else [])]
+    arguments += [f"{name}={value!r}" for name, value in options.items()]
+    line = f"model = timm.create_model({', '.join(arguments)})"
+    if settings.pretrained and settings.weights is not None:
+        line += f"\n# then load its weights, {Path(settings.weights).name}, by model.load_state_dict(..., strict=False)"
+    return line

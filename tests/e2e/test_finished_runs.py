@@ -156,6 +156,14 @@ def test_the_lora_part_loads_in_stock_peft(
         torch.testing.assert_close(theirs, ours(images()), rtol=1e-5, atol=1e-5)
 
 
+def test_the_model_card_says_how_to_make_the_base_model(standard: Path) -> None:
+    card = (standard / "adapter" / "README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("model = timm.create_model"))
+    made = eval(line.removeprefix("model = "), {"timm": timm})  # noqa: S307 (our own text)
+    assert made.state_dict()["pos_embed"].shape == (1, 17, 32)
+    assert "base.safetensors" in card
+
+
 def test_another_base_model_is_refused(standard: Path, base: Path) -> None:
     changed = plain_model(base)
     with torch.no_grad():
