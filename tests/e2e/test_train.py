@@ -210,7 +210,9 @@ def test_learning_rates_per_method_and_head(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = coeft("train", *QUICK, "peft=full", "optim.lr=1e30", "trainer.clip_norm=null", f"run_dir={tmp_path / 'run'}")
+    code = coeft(
+        "train", *QUICK, "peft=full", "peft.full.lr=1e30", "trainer.clip_norm=null", f"run_dir={tmp_path / 'run'}"
+    )
     assert code == 2
     assert "lower optim.lr" in capsys.readouterr().err
 
