@@ -115,8 +115,11 @@ class Stack:
                 if module.weight is None or not module.weight.requires_grad:
                     module.register_forward_pre_hook(_keep_statistics)
 
-    def probe(self, backbone: Backbone, images: Tensor) -> Tensor:
-        """The model's output for images (B, C, H, W), normalised, in eval mode, when every method was called.
+    def probe(self, backbone: Backbone, inputs: Tensor | Mapping[str, Any]) -> Any:
+        """The model's output for a batch, in eval mode, when every method was called.
+
+        Args:
+            inputs: images (B, C, H, W), normalised, or the keyword arguments of the model's forward.
 
         Leaves no trace: no gradients, hooks removed, training modes restored.
 
@@ -136,7 +139,7 @@ class Stack:
             model.eval()
             # not inference_mode: tensors that a model caches in this forward must serve in training later
             with torch.no_grad():
-                output = model(images)
+                output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
         finally:
             for handle in handles:
                 handle.remove()

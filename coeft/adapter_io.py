@@ -224,8 +224,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> n
     """Restore an adapter on its base model, in place: every method of the stack, and the head.
 
     Args:
-        model: the pre-trained model the adapter was trained on, as timm builds it. Its head may have any number of
-            classes; it is replaced by the adapter's.
+        model: the pre-trained model the adapter was trained on, as timm builds it or transformers loads it. The head
+            of a timm model may have any number of classes; it is replaced by the adapter's. A classifier of
+            transformers must be there already, with as many classes (num_labels).
         path: an adapter folder, as `coeft export adapter` writes it.
         check: refuse a base model whose names, shapes or weights differ from those it was trained on.
 
@@ -235,16 +236,26 @@ def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> n
     Raises:
         UserError: the folder is no adapter, is damaged, or does not fit the model.
     """
-    from coeft.backbones._timm import describe
-
     path = Path(path).expanduser()
     manifest = read_manifest(path)
     stack = read_stack(manifest, f"{path}/coeft.json")
     num_classes = len(read_class_names(path))
-    backbone = describe(model)
+    backbone = _describe(model, manifest["base_model"].get("kind"))
     if check:
         check_base(manifest["base_model"], fingerprint(model, backbone.head), str(path))
-    model.reset_classifier(num_classes)  # type: ignore[operator]
+    if backbone.kind == "timm":
+        model.reset_classifier(num_classes)  # type: ignore[operator]
     stack.attach(backbone, seed=0)
     fill(path, backbone, stack)
     return model.eval()
+
+
+def _describe(model: nn.Module, kind: Any) -> Backbone:
+    """The facts of a model of the kind that an adapter was made for."""
+    if kind == "hf":
+        from coeft.backbones._hf import describe as describe_hf
+
+        return describe_hf(model)
+    from coeft.backbones._timm import describe
+
+    return describe(model)
