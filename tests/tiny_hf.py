@@ -1,4 +1,4 @@
-"""Small models of the transformers families that coeff is tested on, with random weights large enough to show effects."""
+"""Small models of the transformers families that coeff is tested on, random weights large enough to show effects."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,7 +190,7 @@ def tiny_inputs(family: str, padding: str = "", seed: int = 1, tokens: int = 9) 
         inputs["input_ids"] = torch.randint(3, VOCAB, (2, tokens), generator=draw)
         inputs["attention_mask"] = torch.ones(2, tokens, dtype=torch.long)
         if padding:
-            inputs["attention_mask"][1, :3 if padding == "left" else tokens] = 0
+            inputs["attention_mask"][1, : 3 if padding == "left" else tokens] = 0
             if padding == "right":
                 inputs["attention_mask"][1, : tokens - 3] = 1
     if kind in ("seq2seq", "speech"):

@@ -175,7 +175,9 @@ def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
     takes = inspect.signature(top.forward).parameters
     text = top.config.get_text_config()
     inputs: dict[str, Tensor] = {}
-    tokens = torch.arange(2, 8, device=top.device).remainder(max(text.vocab_size, 1))[None] if _has_words(text) else None
+    tokens = (
+        torch.arange(2, 8, device=top.device).remainder(max(text.vocab_size, 1))[None] if _has_words(text) else None
+    )
     if "input_ids" in takes and tokens is not None:
         inputs["input_ids"] = tokens.clone()
         end = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
@@ -259,7 +261,9 @@ def _attends(cls: Hashable) -> bool:
 
 def _mistakes(top: nn.Module, calls: list[_Call], names: Mapping[int, str]) -> list[str]:
     """What the probe found that forbids mixing, as sentences."""
-    found = [f"{names[id(call.module)]} ({type(call.module).__name__}) {call.problem}" for call in calls if call.problem]
+    found = [
+        f"{names[id(call.module)]} ({type(call.module).__name__}) {call.problem}" for call in calls if call.problem
+    ]
     called = {id(call.module) for call in calls}
     silent = [m for m in top.modules() if id(m) not in called and _asks(cast(Hashable, type(m)))]
     for module in silent[:1]:
