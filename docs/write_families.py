@@ -1,19 +1,24 @@
-"""Write docs/families.md from the tables in coeft/attention/timm.py: python docs/write_families.py"""
+"""Write docs/families.md from the tables in coeft/attention/: python docs/write_families.py"""
 
 from pathlib import Path
 
+from coeft.attention import hf
 from coeft.attention.timm import PASSED_OVER, REFUSED, ROUTE, SUPPORTED
 
-PAGE = """# Which timm models Coeff-Tuning fits
+PAGE = """# Which models Coeff-Tuning fits
 
-Written from the tables in `coeft/attention/timm.py` by `python docs/write_families.py`; do not edit by hand.
+Written from the tables in `coeft/attention/` by `python docs/write_families.py`; do not edit by hand.
 
-Coeff-Tuning mixes post-softmax attention maps across heads. coeft reaches them by the attention module's class. A model
-is taken when all its attention layers between tokens are in the first table, refused when one is in the second or in
-none, and what is in the third is passed over. `dry_run=true` shows the layers it found. Methods that act on weights
-(lora, bitfit, full) fit refused models as well.
+Coeff-Tuning mixes post-softmax attention maps across heads, so coeft has to reach these maps. A model is taken when all
+its attention layers between tokens can be reached, and refused with the reason when one cannot. `dry_run=true` shows
+the layers it found. Methods that act on weights (lora, bitfit, full) fit refused models as well.
 
-## Supported
+## timm
+
+The attention module's class decides. A model is taken when all its attention layers between tokens are in the first
+table, refused when one is in the second or in none, and what is in the third is passed over.
+
+### Supported
 
 Route: {route}. The class computes softmax maps (batch, heads, queries, keys) and passes them through `attn_drop`.
 
@@ -21,7 +26,7 @@ Route: {route}. The class computes softmax maps (batch, heads, queries, keys) an
 |---|---|
 {supported}
 
-## Refused
+### Refused
 
 | class | models | reason |
 |---|---|---|
@@ -29,11 +34,48 @@ Route: {route}. The class computes softmax maps (batch, heads, queries, keys) an
 
 Models without attention between tokens (ResNet, ConvNeXt, MLP-Mixer ...) are refused as such.
 
-## Passed over
+### Passed over
 
 | class | what it is |
 |---|---|
 {passed}
+
+## transformers
+
+Route: {hf_route}. A forward decides, not a list: coeft runs one on small inputs and notes which layers
+ask transformers' attention interface. A model is taken when every attention layer asks, is reached, and multiplies the
+maps that it returns with the values. Softcap, sinks, position biases, scaling, masks and dropout stay the model's own;
+caches, generation, gradient checkpointing and `torch.compile` work as before.
+
+Layers with coefficients compute their maps as eager attention does, whatever ran before, so that their memory grows
+with the square of the length; layers without keep eager or sdpa attention as they were. Flash and flex attention, which
+give no maps, are replaced by sdpa. Attaching sets the model's attention implementation to `coeft_eager` or
+`coeft_sdpa`; whoever switches it away gets an error in the next forward.
+
+### Tested
+
+These have a small model in the tests (`tests/tiny_hf.py`), where every claim above is checked. Where a model has
+several kinds of attention, `peft.coeff.layers` chooses among them by regular expressions on their names, as given here.
+
+| `model_type` | models | attention layers |
+|---|---|---|
+{hf_tested}
+
+Other models are taken if their forward passes the same checks.
+
+### Refused
+
+| class | models | reason |
+|---|---|---|
+{hf_refused}
+
+So are models with `reorder_and_upcast_attn` (an option of GPT-2), which takes a way around the interface.
+
+### Passed over
+
+| class | what it is |
+|---|---|
+{hf_passed}
 """
 
 
@@ -44,6 +86,10 @@ def page() -> str:
         supported="\n".join(f"| `{name}` | {models} |" for name, models in SUPPORTED.items()),
         refused="\n".join(f"| `{name}` | {models} | {why} |" for name, (models, why) in REFUSED.items()),
         passed="\n".join(f"| `{name}` | {what} |" for name, what in PASSED_OVER.items()),
+        hf_route=hf.ROUTE,
+        hf_tested="\n".join(f"| `{name}` | {models} | {layers} |" for name, (models, layers) in hf.TESTED.items()),
+        hf_refused="\n".join(f"| `{name}` | {models} | {why} |" for name, (models, why) in hf.REFUSED.items()),
+        hf_passed="\n".join(f"| `{name}` | {what} |" for name, what in hf.PASSED_OVER.items()),
     )
 
 

@@ -15,10 +15,10 @@ Read from transformers 5.23.
 """
 
 import inspect
+import logging
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, cast
@@ -32,6 +32,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from coeft.attention.mixer import CoeffMixer
 from coeft.attention.site import AttentionSite
 from coeft.errors import UserError
+
+log = logging.getLogger("coeft")
 
 ROUTE = "maps (AttentionInterface)"
 EAGER, SDPA, PROBE = "coeft_eager", "coeft_sdpa", "coeft_probe"
@@ -143,14 +145,15 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> tup
     calls: list[_Call] = []
     if not problems:
         try:
-            calls = _probe(top, inputs if inputs is not None else probe_inputs(top))
+            inputs = probe_inputs(top) if inputs is None else inputs
+            calls = _probe(top, inputs)
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else ""
             return [], (
                 f"coeff could not look for the attention layers of {type(top).__name__}, because a forward failed "
                 f"({type(error).__name__}: {first})"
             )
-        problems = _mistakes(top, calls, names)
+        problems = _mistakes(top, calls, names, inputs)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         return [], f"coeff cannot mix the attention of {type(top).__name__}: {'; '.join(problems[:3])}{more}"
@@ -180,14 +183,15 @@ def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
     )
     if "input_ids" in takes and tokens is not None:
         inputs["input_ids"] = tokens.clone()
-        end = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
-        if end is not None and end < text.vocab_size:  # classifiers of BART read the hidden state there
+        ends = getattr(text, "eos_token_id", None)
+        end = ends[0] if isinstance(ends, list) and ends else ends
+        if isinstance(end, int) and end < text.vocab_size:  # classifiers of BART read the hidden state there
             inputs["input_ids"][0, -1] = end
     if "decoder_input_ids" in takes and tokens is not None:
         inputs["decoder_input_ids"] = tokens[:, :4]
     if "pixel_values" in takes:
         vision = getattr(top.config, "vision_config", top.config)
-        size = vision.image_size
+        size = getattr(vision, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         channels = getattr(vision, "num_channels", 3)
         inputs["pixel_values"] = torch.zeros(1, channels, height, width, dtype=top.dtype, device=top.device)
@@ -259,7 +263,7 @@ def _attends(cls: Hashable) -> bool:
     return False
 
 
-def _mistakes(top: nn.Module, calls: list[_Call], names: Mapping[int, str]) -> list[str]:
+def _mistakes(top: nn.Module, calls: list[_Call], names: Mapping[int, str], inputs: Mapping[str, Any]) -> list[str]:
     """What the probe found that forbids mixing, as sentences."""
     found = [
         f"{names[id(call.module)]} ({type(call.module).__name__}) {call.problem}" for call in calls if call.problem
@@ -270,20 +274,13 @@ def _mistakes(top: nn.Module, calls: list[_Call], names: Mapping[int, str]) -> l
         count = f" and {len(silent) - 1} more layers" if len(silent) > 1 else ""
         found.append(
             f"{names[id(module)]} ({type(module).__name__}){count} did not ask the interface in a forward with "
-            f"{', '.join(_inputs_of(top))}"
+            f"{', '.join(inputs)}"
         )
     heads: dict[int, int] = {}
     for call in calls:
         if heads.setdefault(id(call.module), call.heads) != call.heads:
             found.append(f"{names[id(call.module)]} is called with different numbers of heads")
     return list(dict.fromkeys(found))
-
-
-def _inputs_of(top: nn.Module) -> list[str]:
-    try:
-        return list(probe_inputs(top))
-    except UserError:
-        return ["the inputs given"]
 
 
 def _probe(top: PreTrainedModel, inputs: Mapping[str, Any]) -> list[_Call]:
@@ -296,7 +293,7 @@ def _probe(top: PreTrainedModel, inputs: Mapping[str, Any]) -> list[_Call]:
             config._attn_implementation = PROBE
         top.eval()
         # not inference_mode: tensors that a model caches in this forward must serve in training later
-        with torch.no_grad(), _state_of_the_generator():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             top(**inputs)
         return list(_calls)
     finally:
@@ -305,12 +302,6 @@ def _probe(top: PreTrainedModel, inputs: Mapping[str, Any]) -> list[_Call]:
             config._attn_implementation = name
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _state_of_the_generator() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        yield
 
 
 def _configs(top: nn.Module) -> list[Any]:
@@ -350,6 +341,9 @@ def _switch(top: PreTrainedModel) -> None:
     before = [(config, config._attn_implementation) for config in _configs(top)]
     if all(name in (EAGER, SDPA) for _, name in before):
         return
+    for other in sorted({str(name) for _, name in before} - {"eager", "sdpa", "None", EAGER, SDPA}):
+        plain = "sdpa" if top._supports_sdpa else "eager"
+        log.warning("%s gives no attention maps: layers of %s without coeff run %s", other, type(top).__name__, plain)
     top.set_attn_implementation(_ours(top, top.config._attn_implementation))
     for config, name in before:  # parts may have run another attention than the whole
         config._attn_implementation = _ours(top, name)
@@ -358,7 +352,7 @@ def _switch(top: PreTrainedModel) -> None:
 def _ours(top: PreTrainedModel, name: str | None) -> str:
     """coeft's name for a model that ran `name`; flash and flex kernels, which give no maps, run as sdpa."""
     if name in (EAGER, SDPA):
-        return cast(str, name)
+        return name
     return EAGER if name in ("eager", None) or not top._supports_sdpa else SDPA
 
 
