@@ -128,7 +128,9 @@ def test_looking_for_sites_leaves_no_trace(family: str, implementation: str) -> 
 def test_every_mixer_is_called_and_every_alpha_gets_a_gradient(family: str) -> None:
     backbone, attachment = attached(family)
     inputs = tiny_inputs(family)
-    Stack({}).probe(backbone, inputs)
+    stack = Stack({})
+    stack.attachments = [attachment]
+    assert stack.probe(backbone, inputs) is not None
     calls: list[str] = []
     for place, mixer in attachment.probes.items():
         mixer.register_forward_hook(lambda *_, place=place: calls.append(place))
