@@ -9,9 +9,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 from hydra import compose as hydra_compose
@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from coeft.config import FOLDERS, TrainConfig, first_line, from_dict, kinds, plain_keys, read_yaml, to_dict
+from coeft.config import FOLDERS, TrainConfig, annotations, first_line, from_dict, kinds, read_yaml, to_dict
 from coeft.errors import UserError, near
 
 from .catalogue import CONF, options
@@ -426,19 +426,7 @@ def _interpolates(value: str) -> bool:
 
 def takes_text(key: str) -> bool:
     """Whether a dotted key takes text, such as a path, whatever option is chosen."""
-    head, *inner = key.split(".")
-    found: list[Any] = []
-    if head in FOLDERS:
-        if head == "peft":
-            inner = inner[1:]
-        if len(inner) == 1:
-            hints = [plain_keys(head, kind) for kind in kinds(head)]
-            found = [hint[inner[0]] for hint in hints if inner[0] in hint]
-    else:
-        schema: Any = TrainConfig
-        for part in (head, *inner):
-            schema = get_type_hints(schema).get(part) if is_dataclass(schema) else None
-        found = [schema]
+    found = annotations(key)
     return bool(found) and all(hint is str or set(get_args(hint)) == {str, type(None)} for hint in found)
 
 

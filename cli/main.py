@@ -12,6 +12,7 @@ from .messages import messages
 # command -> (module, function, summary); modules are imported late, so that help needs neither Hydra nor torch
 COMMANDS = {
     "train": ("train", "main", "train with a recipe, or with backbone=, data= and peft="),
+    "sweep": ("sweep", "main", "search over the settings of a recipe"),
     "resume": ("resume", "main", "continue an interrupted run"),
     "eval": ("evaluate", "main", "measure a finished run, on its test split or on other data"),
     "predict": ("predict", "main", "predict files, folders, tables or standard input"),

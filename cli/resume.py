@@ -1,4 +1,4 @@
-"""coeft resume: continue an interrupted run, fold or suite."""
+"""coeft resume: continue an interrupted run, fold, suite or sweep."""
 
 from pathlib import Path
 
@@ -6,10 +6,15 @@ from .arguments import Parser
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("resume", "Continue an interrupted run, cross-validation or suite.")
+    parser = Parser("resume", "Continue an interrupted run, cross-validation, suite or sweep.")
     parser.add_argument("run", metavar="RUN", help="the run directory")
     arguments = parser.parse_args(argv)
+    run_dir = Path(arguments.run).expanduser()
+    if (run_dir / "sweep.yaml").is_file():
+        from .sweep import resume as resume_sweep
+
+        return resume_sweep(run_dir)
     from coeft.train import resume
 
-    print(resume(Path(arguments.run).expanduser()))
+    print(resume(run_dir))
     return 0

@@ -312,9 +312,44 @@ def first_line(error: Exception) -> str:
     return (f"{key}: " if key else "") + str(error).splitlines()[0]
 
 
-def plain_keys(group: str, kind: str) -> dict[str, Any]:
-    """Key -> annotation of the settings of one option."""
-    return get_type_hints(settings_class(group, kind))
+def annotations(key: str) -> list[Any]:
+    """The types that a dotted key may have: one for each option of its group that has the key; none if it is wrong."""
+    head, *inner = key.split(".")
+    if head in FOLDERS:
+        inner = inner[1:] if head == "peft" else inner
+        schemas: list[Any] = [settings_class(head, kind) for kind in kinds(head)] if inner else []
+    else:
+        schemas, inner = [TrainConfig], [head, *inner]
+    for part in inner:
+        hints = [get_type_hints(schema) for schema in schemas if is_dataclass(schema)]
+        schemas = [hint[part] for hint in hints if part in hint]
+    return schemas
+
+
+def settings_from(
+    schema: type,
+    tree: Mapping[str, Any],
+    where: str,
+    *,
+    locate: Callable[[str], str] = lambda key: "",
+    mistakes: Iterable[str] = (),
+) -> Any:
+    """An object of a dataclass of settings, from plain values that are checked as those of a run's config are.
+
+    Args:
+        where: the key under which the values stand, such as "sweep".
+        locate: as of from_dict.
+        mistakes: what the caller found wrong already, shown with the rest.
+    Raises:
+        UserError: everything that is wrong, one line each.
+    """
+    check = _Check(False, locate, list(mistakes))
+    plain = _map_text(dict(tree), _expand_home)
+    check.refuse_keys(plain)
+    built = check.settings(schema, plain, where)
+    if check.mistakes:
+        raise UserError(_listed(check.mistakes))
+    return built
 
 
 class _Check:

@@ -157,6 +157,8 @@ class Run:
         path = Path(path).expanduser()
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
+        if (path / "sweep.yaml").is_file():
+            raise UserError(f"{path} is a sweep; choose one of its trials, such as {path / 'trials' / '0000'}")
         if not (path / "config.yaml").is_file():
             raise UserError(f"{path} is not a run directory: it has no config.yaml")
         if not (path / "results.json").is_file():

@@ -26,29 +26,30 @@ SUMMARY = (
 MEMBERS = ".members"  # folder of the members' configs, 000_NAME.yaml and so on, until each becomes a run
 
 
-def run_suite(cfg: TrainConfig, members: Mapping[str, TrainConfig]) -> Path:
+def run_suite(cfg: TrainConfig, members: Mapping[str, TrainConfig], *, watch: training.Watch | None = None) -> Path:
     """Run the members one after another; return the suite's directory.
 
     Args:
         cfg: the suite's own config, with its run_dir.
         members: name -> config, in order; each name becomes a folder of the suite.
+        watch: called after every epoch of every member.
     """
     run_dir = create_run_dir(cfg)
     (run_dir / MEMBERS).mkdir()
     for number, (name, member) in enumerate(members.items()):
         write_config(run_dir / MEMBERS / f"{number:03}_{name}.yaml", replace(member, run_dir=str(run_dir / name)))
     write_config(run_dir / "config.yaml", cfg)  # last: a suite with a config has all its members
-    return _run_members(cfg, run_dir)
+    return _run_members(cfg, run_dir, watch)
 
 
-def resume_suite(run_dir: Path) -> Path:
+def resume_suite(run_dir: Path, *, watch: training.Watch | None = None) -> Path:
     """Continue a suite: complete members are skipped, a begun one is resumed."""
     if (run_dir / "results.json").exists():
         raise UserError(f"{run_dir} is complete; there is nothing to resume")
-    return _run_members(load_config(run_dir / "config.yaml"), run_dir)
+    return _run_members(load_config(run_dir / "config.yaml"), run_dir, watch)
 
 
-def _run_members(cfg: TrainConfig, run_dir: Path) -> Path:
+def _run_members(cfg: TrainConfig, run_dir: Path, watch: training.Watch | None) -> Path:
     started = time.monotonic()
     configs = {path.stem.split("_", 1)[1]: path for path in sorted((run_dir / MEMBERS).glob("*.yaml"))}
     members: dict[str, Any] = {}
@@ -56,9 +57,9 @@ def _run_members(cfg: TrainConfig, run_dir: Path) -> Path:
         folder = run_dir / name
         log.info("%s (%d of %d)", name, number, len(configs))
         if not (folder / "config.yaml").is_file():
-            training.train(replace(load_config(path), run_dir=str(folder)))
+            training.train(replace(load_config(path), run_dir=str(folder)), watch=watch)
         elif not (folder / "results.json").is_file():
-            training.resume(folder)
+            training.resume(folder, watch=watch)
         results = read_json(folder / "results.json")
         members[name] = {key: results[key] for key in SUMMARY}
     write_json(
@@ -70,5 +71,6 @@ def _run_members(cfg: TrainConfig, run_dir: Path) -> Path:
             "wall_s": round(time.monotonic() - started, 3),
         },
     )
-    print_suite(read_json(run_dir / "results.json"), file=sys.stderr)
+    if watch is None:
+        print_suite(read_json(run_dir / "results.json"), file=sys.stderr)
     return run_dir

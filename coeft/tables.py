@@ -1,6 +1,6 @@
 """Tables of results for people, on a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from rich.console import Console
@@ -64,3 +64,51 @@ def print_suite(results: Mapping[str, Any], *, file: IO[str]) -> None:
             f"{member['wall_s']:.0f} s",
         )
     console(file).print(table)
+
+
+def print_trials(
+    results: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]], *, recipe: str, file: IO[str]
+) -> None:
+    """A sweep: its best trials, what each key matters, and the score of the best one on data that chose nothing.
+
+    Args:
+        results: results.json of the sweep.
+        ranked: the trials to show, better ones first.
+        recipe: the argument that repeats the best trial, quoted.
+    """
+    trials, objectives = results["trials"], list(results["objectives"])
+    front = {trial["number"] for trial in results["pareto"]}
+    keys = list(dict.fromkeys(key for trial in ranked for key in trial["params"]))
+    counts = ", ".join(f"{count} {state}" for state, count in trials.items() if count)
+    table = Table(title=f"{results['recipe'] or 'train'}, sweep {results['sweep']}: {counts} trials")
+    table.add_column("trial", justify="right")
+    for name in objectives:
+        table.add_column(f"{results['metric']} on validation" if name == "validation" else name, justify="right")
+    for key in keys:
+        table.add_column(key)
+    for trial in ranked:
+        mark = " *" if trial["number"] in front else ""
+        values = [f"{value:,}" if isinstance(value, int) else f"{value:.6g}" for value in trial["values"].values()]
+        cells = [_short(trial["params"][key]) if key in trial["params"] else "" for key in keys]
+        table.add_row(f"{trial['number']}{mark}", *values, *cells)
+    out = console(file)
+    out.print(table)
+    if front:
+        numbers = ", ".join(str(trial["number"]) for trial in results["pareto"])
+        out.print(f"* Pareto front, of all trials: {numbers}")
+    for name, shares in results["importance"].items():
+        if shares:
+            of = f" of {name}" if len(objectives) > 1 else ""
+            out.print(f"importance{of}: " + ", ".join(f"{key} {share:.2f}" for key, share in shares.items()))
+    number, metric = results["best"]["number"], results["metric"]
+    if results["heldout"] is not None:
+        out.print(f"trial {number} on data that chose nothing: {metric} {results['heldout']:.4f}")
+    if results["test"] is not None and results["test"] != results["heldout"]:
+        out.print(f"trial {number} on the test split: {metric} {results['test']:.4f}")
+    out.print(f"to run it: coeft train {recipe}", soft_wrap=True, markup=False)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)

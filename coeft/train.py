@@ -63,6 +63,22 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """A finished epoch, as a watcher sees it."""
+
+    run_dir: Path
+    fold: int
+    epoch: int
+    """Counted from 0."""
+    metrics: dict[str, float]
+    """What was logged last, such as val/accuracy."""
+
+
+Watch = Callable[[Epoch], None]
+"""Called after every epoch; may raise to stop the run, which `resume` continues from its last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What one fold, or one standard training, came to."""
 
@@ -76,11 +92,15 @@ class Outcome:
     """All metrics on the held-out fold."""
     confusion: list[list[int]] | None
     """Counts by true and predicted class, on what the fold's value was measured."""
+    validation: float | None = None
+    """task.metric on the inner validation part at the picked epoch; None without such a part."""
 
 
-def train(cfg: TrainConfig) -> Path:
+def train(cfg: TrainConfig, *, watch: Watch | None = None) -> Path:
     """Train, evaluate and write one run (standard or k-fold); return its directory.
 
+    Args:
+        watch: called after every epoch; whoever watches also reports, so the table of the folds is not printed.
     Raises:
         UserError: data, backbone, stack or run directory are not as the config says.
         Interrupted: stopped by the user, state saved.
@@ -92,12 +112,14 @@ def train(cfg: TrainConfig) -> Path:
     run_dir = create_run_dir(cfg)
     write_config(run_dir / "config.yaml", cfg)
     write_json(run_dir / "environment.json", environment(prepared.data.fingerprint, threads))
-    return _run_folds(cfg, run_dir, prepared, started)
+    return _run_folds(cfg, run_dir, prepared, started, watch)
 
 
-def resume(path: str | Path) -> Path:
+def resume(path: str | Path, *, watch: Watch | None = None) -> Path:
     """Continue an interrupted run from its last finished epoch; return its directory.
 
+    Args:
+        watch: as of train.
     Raises:
         UserError: there is no run, it is complete, or its data changed since.
     """
@@ -108,7 +130,7 @@ def resume(path: str | Path) -> Path:
     if cfg.suite or cfg.seeds:
         from coeft.suite import resume_suite
 
-        return resume_suite(run_dir)
+        return resume_suite(run_dir, watch=watch)
     if (run_dir / "results.json").exists():
         raise UserError(f"{run_dir} is complete; there is nothing to resume")
     started = time.monotonic()
@@ -121,7 +143,7 @@ def resume(path: str | Path) -> Path:
         raise UserError(f"{run_dir}: the data is not what the run began with; put it back, or start a new run")
     if before is None:
         write_json(run_dir / "environment.json", environment(prepared.data.fingerprint, threads))
-    return _run_folds(cfg, run_dir, prepared, started)
+    return _run_folds(cfg, run_dir, prepared, started, watch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +204,9 @@ def decoding(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: float) -> Path:
+def _run_folds(
+    cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: float, watch: Watch | None
+) -> Path:
     data, folds = prepared.data, prepared.folds
     handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -202,9 +226,10 @@ def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: flo
                 continue
             first = fold is folds[0]
             built = prepared.first if first else _assemble_fold(cfg, build_backbone(cfg), data, fold)
-            outcomes.append(_fit_fold(cfg, run_dir, folder, fold, built, data))
+            outcomes.append(_fit_fold(cfg, run_dir, folder, fold, built, data, watch))
         write_json(run_dir / "results.json", _results(cfg, run_dir, outcomes, data.class_names, started))
-        print_folds(read_json(run_dir / "results.json"), file=sys.stderr)
+        if watch is None:
+            print_folds(read_json(run_dir / "results.json"), file=sys.stderr)
         return run_dir
     finally:
         log.removeHandler(handler)
@@ -230,6 +255,7 @@ def _fit_fold(
     fold: Fold,
     built: Assembled,
     data: Data,
+    watch: Watch | None,
 ) -> Outcome:
     counts = count_parameters(built.backbone, built.stack)
     name = "all data" if is_refit(cfg, fold) else f"fold {fold.index + 1}/{cfg.cv.folds}" if cfg.cv.folds > 1 else "run"
@@ -239,7 +265,7 @@ def _fit_fold(
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
     begun = time.monotonic()
-    best_epoch = _fit(cfg, run_dir, folder, fold, built)
+    best_epoch, validation = _fit(cfg, run_dir, folder, fold, built, watch)
     fit_s = time.monotonic() - begun
     parts = {"heldout": fold.heldout, "test": fold.test}
     if fold.heldout is None and fold.test is None:
@@ -276,6 +302,7 @@ def _fit_fold(
         samples_seen=built.module.samples_seen,
         heldout=heldout,
         confusion=None if confusion is None else confusion.tolist(),
+        validation=validation,
     )
     if row["value"] is not None:
         log.info("%s: %s %.4f (epoch %s)", name, cfg.task.metric, row["value"], best_epoch)
@@ -283,8 +310,10 @@ def _fit_fold(
     return outcome
 
 
-def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assembled) -> int:
-    """Train one fold and leave the best epoch's weights in the model; return that epoch, counted from 0."""
+def _fit(
+    cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assembled, watch: Watch | None
+) -> tuple[int, float | None]:
+    """Train one fold and leave the best epoch's weights in the model; that epoch, from 0, and its validation metric."""
     task = built.module.task
     checkpoints = folder / "checkpoints"
     monitored: dict[str, Any] = {"save_top_k": 1}
@@ -297,6 +326,8 @@ def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assem
             )
     checkpoint = BestEpoch(checkpoints, "best", save_last=True, enable_version_counter=False, **monitored)
     callbacks.append(checkpoint)
+    if watch is not None:
+        callbacks.append(Watcher(watch, run_dir, fold.index))
     bar = cfg.trainer.progress and sys.stderr.isatty()
     if bar:
         callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
@@ -332,7 +363,8 @@ def _fit(cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assem
             logger.experiment.finish()  # wandb: the next fold is a run of its own
     best = torch.load(checkpoint.best_model_path or last, map_location="cpu", weights_only=True)
     built.module.load_state_dict(best["state_dict"], strict=False)
-    return int(best["epoch"])
+    score = checkpoint.best_model_score
+    return int(best["epoch"]), None if score is None else round(float(score), 7)
 
 
 @contextmanager
@@ -413,6 +445,17 @@ class EpochLog(L.Callback):
         log.info("%s, %.0f images/s", ", ".join(parts), rate)
 
 
+class Watcher(L.Callback):
+    """Tells a watcher of every epoch."""
+
+    def __init__(self, watch: Watch, run_dir: Path, fold: int) -> None:
+        self.watch, self.run_dir, self.fold = watch, run_dir, fold
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.watch(Epoch(run_dir=self.run_dir, fold=self.fold, epoch=trainer.current_epoch, metrics=metrics))
+
+
 def _results(
     cfg: TrainConfig, run_dir: Path, outcomes: list[Outcome], class_names: list[str], started: float
 ) -> dict[str, Any]:
@@ -420,6 +463,7 @@ def _results(
     scored = outcomes[: cfg.cv.folds] if cfg.cv.folds > 1 else outcomes
     values = [outcome.row["value"] for outcome in scored if outcome.row["value"] is not None]
     mean = statistics.fmean(values) if values else None
+    validation = [outcome.validation for outcome in scored if outcome.validation is not None]
     tests = [outcome.test for outcome in scored if outcome.test is not None]
     heldout = [outcome.heldout for outcome in scored if outcome.heldout is not None]
     confusions = [torch.tensor(outcome.confusion) for outcome in scored if outcome.confusion is not None]
@@ -436,6 +480,7 @@ def _results(
         "mean": mean,
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "folds": [outcome.row for outcome in scored],
+        "validation": statistics.fmean(validation) if validation else None,
         "heldout": mean_metrics(heldout) if heldout else None,
         "test": mean_metrics(tests) if tests else None,
         "trainable_params": outcomes[0].counts["trainable"],

@@ -21,7 +21,8 @@ def test_a_cross_validation_writes_what_the_contract_says(tmp_path: Path) -> Non
     run = tmp_path / "run"
     values = trained(run, "cv.folds=3", "peft=[coeff,lora]")
     assert set(values) == {
-        "recipe", "status", "metric", "value", "mean", "std", "folds", "heldout", "test", "trainable_params",
+        "recipe", "status", "metric", "value", "mean", "std", "folds", "validation", "heldout", "test",
+        "trainable_params",
         "adapter_params", "total_params", "wall_s", "samples_per_s", "peak_rss_mb", "peak_gpu_mb", "seed",
     }  # fmt: skip
     assert values["status"] == "completed" and values["test"] is None and values["seed"] == 0
@@ -182,11 +183,11 @@ def test_a_stopped_suite_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     original, calls = training.train, []
 
-    def second_stops(cfg: training.TrainConfig) -> Path:
+    def second_stops(cfg: training.TrainConfig, **kwargs: object) -> Path:
         calls.append(cfg.run_dir)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(cfg)
+        return original(cfg, **kwargs)
 
     monkeypatch.setattr(training, "train", second_stops)
     assert coeft("train", *QUICK, "seeds=[0,1]", f"run_dir={tmp_path / 'suite'}") == 130

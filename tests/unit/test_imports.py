@@ -10,19 +10,22 @@ import pytest
 CHECKOUT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("coeft", "cli") for path in (CHECKOUT / folder).rglob("*.py"))
 # packages that settings may not pull in: a config error must answer at once
-HEAVY = "torch torchvision numpy lightning timm transformers peft datasets sklearn matplotlib torchmetrics wandb PIL"
+HEAVY = (
+    "torch torchvision numpy lightning timm transformers peft datasets sklearn matplotlib torchmetrics wandb PIL optuna"
+)
 # package -> the only places that may import it, late or not
 PLACES = {
     "hydra": ["cli/"],
     "peft": ["coeft/methods/bridge.py", "coeft/methods/_bridge.py", "coeft/peft.py"],
     "timm": ["coeft/backbones/", "coeft/attention/"],
     "transformers": ["coeft/backbones/", "coeft/attention/", "coeft/data/"],
-    "matplotlib": ["coeft/plots.py", "coeft/report/"],
+    "matplotlib": ["coeft/plots.py", "coeft/report/", "coeft/sweep/plots.py"],
     "datasets": ["coeft/data/"],
     "wandb": ["coeft/loggers/"],
+    "optuna": ["coeft/sweep/"],
 }
 # library files that the command line reads before it knows that the config is right
-LIGHT = ["coeft/__init__.py", "coeft/config.py", "coeft/errors.py", "coeft/seeding.py"]
+LIGHT = ["coeft/__init__.py", "coeft/config.py", "coeft/errors.py", "coeft/seeding.py", "coeft/sweep/settings.py"]
 # the command line may not import the library's heavy modules at module level either
 HEAVY_OWN = [
     "coeft.train",
@@ -32,6 +35,7 @@ HEAVY_OWN = [
     "coeft.export",
     "coeft.dry_run",
     "coeft.run",
+    "coeft.sweep.search",
 ]
 
 
@@ -105,7 +109,7 @@ def test_no_file_is_named_for_nothing() -> None:
 def test_what_the_command_line_reads_first_is_light_when_imported() -> None:
     code = f"""
 import sys
-import coeft, coeft.config, coeft.seeding
+import coeft, coeft.config, coeft.seeding, coeft.sweep.settings
 from coeft.config import FOLDERS, kinds, settings_class
 for group in FOLDERS:
     for kind in kinds(group):
