@@ -3,7 +3,7 @@
 import os
 import signal
 
-from coeft.sweep.jobs import Done
+from coeft.sweep.launch import Done
 
 
 def dies_if_odd(job: int) -> Done:

@@ -1,22 +1,16 @@
-"""One trial is one job: an ordinary run, whose scores go to the study. Jobs run here, or in processes beside."""
+"""One trial is one job: an ordinary run, whose scores go to the study."""
 
 import csv
 import logging
-import multiprocessing
-import os
 import shutil
-import signal
 import statistics
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 import torch
@@ -27,6 +21,7 @@ from coeft.assemble import restore
 from coeft.config import TrainConfig
 from coeft.errors import UserError
 from coeft.run import Run, read_json, write_text
+from coeft.sweep.launch import Done
 from coeft.sweep.settings import Sweep
 from coeft.sweep.study import Address, pruner
 
@@ -53,21 +48,6 @@ class Job:
     def runs(self) -> dict[str, Path]:
         """Name -> folder of the trial's runs."""
         return {name: self.folder / name for name in self.members} or {"": self.folder}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """What became of a job."""
-
-    state: str
-    """complete, pruned or failed."""
-    values: list[float] = field(default_factory=list)
-    """One for each objective, the mean over the runs."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What the table and results.json say of the trial."""
-    error: str | None = None
-    fault: bool = False
-    """The error is not the user's."""
 
 
 def run_job(job: Job) -> Done:
@@ -234,122 +214,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for handler, level in levels:
             handler.setLevel(level)
-
-
-class Launcher(Protocol):
-    """Where jobs run."""
-
-    def has_room(self) -> bool:
-        """Whether another job can begin now."""
-
-    def submit(self, job: Job) -> None:
-        """Begin a job."""
-
-    def wait(self) -> tuple[Job, Done]:
-        """The next job that is done; at least one must have been submitted."""
-
-    def busy(self) -> int:
-        """Number of jobs that were submitted and not returned by wait."""
-
-    def close(self) -> None:
-        """Stop what runs; its trials can be continued."""
-
-
-class Inline:
-    """One job at a time, in this process."""
-
-    def __init__(self) -> None:
-        self.jobs: list[Job] = []
-
-    def has_room(self) -> bool:
-        return not self.jobs
-
-    def submit(self, job: Job) -> None:
-        self.jobs.append(job)
-
-    def wait(self) -> tuple[Job, Done]:
-        done = run_job(self.jobs[0])
-        return self.jobs.pop(0), done
-
-    def busy(self) -> int:
-        return len(self.jobs)
-
-    def close(self) -> None:
-        self.jobs.clear()
-
-
-class Processes:
-    """Several jobs at a time, each in a process that lives on for the next job."""
-
-    def __init__(self, count: int, run: Callable[[Any], Done] = run_job) -> None:
-        self.count, self.run = count, run
-        self.idle: list[_Worker] = []
-        self.running: list[tuple[_Worker, Job]] = []
-
-    def has_room(self) -> bool:
-        return len(self.running) < self.count
-
-    def submit(self, job: Job) -> None:
-        worker = self.idle.pop() if self.idle else _Worker(self.run)
-        worker.pipe.send(job)
-        self.running.append((worker, job))
-
-    def wait(self) -> tuple[Job, Done]:
-        ready = wait([worker.pipe for worker, _ in self.running])
-        worker, job = next(entry for entry in self.running if entry[0].pipe in ready)
-        self.running.remove((worker, job))
-        try:
-            done = worker.pipe.recv()
-        except EOFError:
-            worker.process.join()
-            code = worker.process.exitcode or 0
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-            return job, Done(state="failed", error=f"its process {how}", fault=True)
-        self.idle.append(worker)
-        return job, done
-
-    def busy(self) -> int:
-        return len(self.running)
-
-    def close(self) -> None:
-        workers = [*self.idle, *(worker for worker, _ in self.running)]
-        self.idle, self.running = [], []
-        for worker in workers:
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join(30)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-            worker.pipe.close()
-
-
-class _Worker:
-    def __init__(self, run: Callable[[Any], Done]) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
-        self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, run), daemon=False)
-        self.process.start()
-        theirs.close()
-
-
-def _serve(pipe: Connection, run: Callable[[Any], Done]) -> None:
-    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which ends this process in order
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        wait([parent.sentinel])
-        os._exit(1)  # the parent was killed; whoever resumes the sweep continues the trial
-
-    threading.Thread(target=follow, daemon=True).start()
-    try:
-        while True:
-            pipe.send(run(pipe.recv()))
-    except (EOFError, KeyboardInterrupt):
-        pass
-
-
-def launcher(settings: Sweep) -> Launcher:
-    """The launcher of a sweep's settings."""
-    return Inline() if settings.n_jobs == 1 else Processes(settings.n_jobs)

@@ -24,7 +24,8 @@ from coeft.config import TrainConfig, to_yaml
 from coeft.errors import UserError
 from coeft.run import read_json, shorten_home, write_json, write_text
 from coeft.sweep import plots
-from coeft.sweep.jobs import Done, Job, Launcher, launcher
+from coeft.sweep.jobs import Job, run_job
+from coeft.sweep.launch import Done, Launcher, launcher
 from coeft.sweep.settings import OBJECTIVES, Compose, Entry, Sweep, grid, plan
 from coeft.sweep.study import Address, importances, label, sampler, suggest, values_of
 from coeft.tables import print_trials
@@ -78,7 +79,7 @@ def search(
         hunt = _Search(base, settings, compose, entries, run_dir, address, owner)
         hunt.join()
         with interruptible(run_dir):
-            hunt.run(launcher(settings))
+            hunt.run(launcher(settings.n_jobs, run_job))
             hunt.finish(name)
     return run_dir
 

@@ -13,7 +13,7 @@ from coeft.cli.catalogue import CONF, options
 from coeft.cli.compose import compose
 from coeft.config import annotations, read_yaml
 from coeft.errors import UserError
-from coeft.sweep.jobs import Processes
+from coeft.sweep.launch import Processes
 from coeft.sweep.settings import Choice, Range, Sweep, grid, parse_space, read_settings
 from coeft.sweep.study import Address, importances, sampler, suggest, values_of
 
@@ -179,7 +179,7 @@ def test_importance_finds_the_key_that_matters() -> None:
 
 
 def test_a_killed_process_costs_its_own_trial_only() -> None:
-    runs = Processes(2, run=dies_if_odd)
+    runs = Processes(2, dies_if_odd)
     left, came = list(range(4)), {}
     try:
         while left or runs.busy():
