@@ -61,9 +61,7 @@ def sampler(settings: Sweep, n_trials: int, seed: int, *names: str | int) -> opt
     """
     drawn = derive(seed, "sweep", *names)
     if settings.sampler == "tpe":
-        return optuna.samplers.TPESampler(
-            seed=drawn, n_startup_trials=max(4, min(10, n_trials // 4)), warn_independent_sampling=False
-        )
+        return optuna.samplers.TPESampler(seed=drawn, n_startup_trials=max(4, min(10, n_trials // 4)))
     if settings.sampler == "nsga2":
         population = settings.population or max(4, min(50, n_trials // 5))
         return optuna.samplers.NSGAIISampler(seed=drawn, population_size=population)

@@ -196,7 +196,7 @@ def test_a_killed_process_costs_its_own_trial_only() -> None:
 
 
 WRONG = [
-    (["sweep=rl"], "did you mean lr"),
+    (["sweep=paretto"], "did you mean pareto"),
     (["sweep=lr", "sweep.n_trails=3"], "did you mean n_trials"),
     (["sweep=lr", "sweep.space.optim.lrr=[1,2]"], "optim.lrr: no such key; did you mean lr"),
     (["sweep=lr", "sweep.space.peft.lora.rnk=[1,2]", "peft=lora"], "did you mean rank"),
