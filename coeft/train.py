@@ -204,9 +204,7 @@ def decoding(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def _run_folds(
-    cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: float, watch: Watch | None
-) -> Path:
+def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: float, watch: Watch | None) -> Path:
     data, folds = prepared.data, prepared.folds
     handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
