@@ -90,13 +90,14 @@ def _search(name: str, settings: Sweep, typed: set[str], line: list[str], config
     composer = _Composer(tuple(shared), config_dir)
     if base.dry_run:
         return _dry_run(base, settings, composer)
-    plan(base, settings, composer)  # before torch is imported
+    entries = plan(base, settings, composer)  # before torch is imported
     from coeft.run import shorten_home
     from coeft.sweep.search import search
 
     kept = [_absolute(text) for text in shared if not (settings.seeds and text.startswith("seeds="))]
     folder = None if config_dir is None else shorten_home(str(Path(config_dir).expanduser().absolute()))
-    print(search(base, settings, composer, name=name, origin={"arguments": kept, "config_dir": folder}))
+    origin = {"arguments": kept, "config_dir": folder}
+    print(search(base, settings, composer, name=name, origin=origin, entries=entries))
     return 0
 
 

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import optuna  # noqa: E402 (the backend is chosen first: there is no screen)
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 from optuna.trial import TrialState  # noqa: E402
 
 from coeft.sweep.settings import Entry, Range  # noqa: E402
@@ -54,7 +55,7 @@ def history(study: optuna.Study, objective: str, path: Path) -> None:
             [trial.number for trial in pruned], last, "o", mec=GREY, mfc="none", markersize=4, label="pruned",
         )  # fmt: skip
     axis.set(xlabel="trial", ylabel=_words(objective))
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25)
     axis.legend(fontsize="small")
     _save(figure, path)

@@ -52,6 +52,7 @@ def search(
     *,
     name: str = "sweep",
     origin: Mapping[str, Any] | None = None,
+    entries: dict[str, Entry] | None = None,
 ) -> Path:
     """Run a sweep, or continue the one in its directory; return the directory.
 
@@ -59,16 +60,21 @@ def search(
         base: the config that the trials vary. Its run_dir is the sweep's; null is runs/RECIPE/sweep-NAME.
         compose: values of the space -> a trial's config, and its runs by name if it has several.
         name: what the sweep is called.
+        entries: what `plan` gave, if it was called.
         origin: how the command line composes the trials, for `coeft resume`; kept in RUN/sweep.yaml.
     Raises:
         UserError: wrong settings, another sweep in the directory, or all trials failed by the user's mistakes.
         RuntimeError: all trials failed otherwise.
         Interrupted: stopped by the user; the same call continues.
     """
-    entries = plan(base, settings, compose)
+    entries = plan(base, settings, compose) if entries is None else entries
     recipe = base.recipe or "train"
     run_dir = Path(base.run_dir).expanduser() if base.run_dir else Path("runs") / recipe / f"sweep-{name}"
     base = replace(base, run_dir=None)
+    own = (".lock", "base.yaml")  # what stands before sweep.yaml does
+    if run_dir.is_dir() and not (run_dir / "sweep.yaml").is_file():
+        if any(entry.name not in own for entry in run_dir.iterdir()):
+            raise UserError(f"run_dir: {run_dir} exists and is not empty; choose another folder")
     with _alone(run_dir):
         owner = _enter(run_dir, base, settings, name, origin)
         address = Address(
@@ -120,8 +126,6 @@ def _enter(run_dir: Path, base: TrainConfig, settings: Sweep, name: str, origin:
             )
         owner = before["owner"]
     else:
-        if any(entry.name != ".lock" for entry in run_dir.iterdir()):
-            raise UserError(f"run_dir: {run_dir} exists and is not empty; choose another folder")
         # of machines that share a study, each takes up its own trials again
         owner = uuid.uuid4().hex if settings.storage else ""
         write_text(run_dir / "base.yaml", text)
@@ -164,7 +168,8 @@ class _Search:
         self.started = time.monotonic()
         self.maximize = base.task.build(2).mode == "max"
         modes = [OBJECTIVES[name] or ("max" if self.maximize else "min") for name in settings.objectives]
-        self.directions = ["maximize" if mode == "max" else "minimize" for mode in modes]
+        ways = optuna.study.StudyDirection
+        self.directions = [ways.MAXIMIZE if mode == "max" else ways.MINIMIZE for mode in modes]
         self.points = grid(entries, self.stack) if settings.sampler == "grid" else None
         self.n_trials = settings.n_trials or (len(self.points) if self.points is not None else 20)
         if self.points is not None:
@@ -254,8 +259,8 @@ class _Search:
         return limit is None or time.monotonic() - self.started < limit
 
     def _ask(self) -> optuna.trial.Trial:
-        names = [len(self._trials(*COUNTED)), *([self.owner] if self.owner else [])]
-        self.study.sampler = sampler(self.settings, self.n_trials, self.base.seed, *names)
+        before = len(self._trials(*COUNTED))  # machines that share a study must not draw the same
+        self.study.sampler = sampler(self.settings, self.n_trials, self.base.seed, before, self.owner)
         trial = self.study.ask()
         trial.set_user_attr("owner", self.owner)
         return trial
@@ -345,7 +350,10 @@ class _Search:
                 "sweep": name,
                 "status": "completed",
                 "metric": self.base.task.metric,
-                "objectives": dict(zip(self.settings.objectives, self.directions, strict=True)),
+                "objectives": {
+                    key: direction.name.lower()
+                    for key, direction in zip(self.settings.objectives, self.directions, strict=True)
+                },
                 "trials": {state: len(self._trials(key)) for key, state in STATES.items() if key != TrialState.WAITING},
                 "value": best.values[0],
                 "best": self._summary(best),
@@ -378,7 +386,7 @@ class _Search:
 
     def _rank(self, trial: FrozenTrial) -> tuple[Any, ...]:
         """Better trials first: by the first objective, then the next; the earliest of equals."""
-        signs = [-1 if direction == "maximize" else 1 for direction in self.directions]
+        signs = [-1 if direction == optuna.study.StudyDirection.MAXIMIZE else 1 for direction in self.directions]
         return (*(sign * value for sign, value in zip(signs, trial.values, strict=True)), trial.number)
 
     def _summary(self, trial: FrozenTrial) -> dict[str, Any]:

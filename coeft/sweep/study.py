@@ -5,6 +5,7 @@ import sqlite3
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,10 @@ def _plain(entry: Entry, stored: Any) -> Any:
     return stored
 
 
+def _value(number: int, trial: optuna.trial.FrozenTrial) -> float:
+    return trial.values[number]
+
+
 def importances(study: optuna.Study, seed: int) -> dict[str, dict[str, float]]:
     """Objective number, as text -> key -> share of the variance that fANOVA finds in it; empty if too few trials."""
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
@@ -130,9 +135,7 @@ def importances(study: optuna.Study, seed: int) -> dict[str, dict[str, float]]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                shares = get_param_importances(
-                    study, evaluator=evaluator, target=lambda trial, number=number: trial.values[number]
-                )
+                shares = get_param_importances(study, evaluator=evaluator, target=partial(_value, number))
         except (ValueError, RuntimeError):  # one trial, or all of the same value
             continue
         if shares and any(share > 0 for share in shares.values()):

@@ -93,7 +93,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_trials(
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(TuningModule, "training_step", stop)
-    stops = [12, 30]  # in the second and the fourth trial
+    stops = [12, 30]  # in the second trial, and some trials later
     assert sweep(parts, *line) == 130
     assert f"coeft resume {parts}" in capsys.readouterr().err
     assert not (parts / "results.json").exists()
@@ -120,14 +120,14 @@ def test_an_interrupted_sweep_goes_on_to_the_same_trials(
 
 def test_a_failing_trial_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["peft=full", "trainer.clip_norm=null", "sweep.sampler=grid"]
-    assert sweep(tmp_path / "one", *line, "sweep.space.optim.lr=[1e30,1e-3]") == 0
+    assert sweep(tmp_path / "one", *line, "sweep.space.peft.full.lr=[1e30,1e-3]") == 0
     assert results(tmp_path / "one")["trials"] == {"complete": 1, "pruned": 0, "failed": 1, "running": 0}
     failed, complete = trials(tmp_path / "one")
     assert failed["state"] == "failed" and "lower optim.lr" in failed["error"]
     assert "lower optim.lr" in (tmp_path / "one" / "trials" / "0000" / "error.txt").read_text()
     assert complete["state"] == "complete" and results(tmp_path / "one")["best"]["number"] == 1
     capsys.readouterr()
-    assert sweep(tmp_path / "all", *line, "sweep.space.optim.lr=[1e30,1e31]") == 2
+    assert sweep(tmp_path / "all", *line, "sweep.space.peft.full.lr=[1e30,1e31]") == 2
     assert "all 2 trials failed" in capsys.readouterr().err
     assert not (tmp_path / "all" / "results.json").exists()
 
