@@ -7,8 +7,9 @@ from the inputs. So memory grows with the number of tokens, not with its square.
 Row log-sum-exps are not kept: with them the maps take one exponential, without them one fused softmax. Finding them in
 the forward costs what they save in the backward (measured, torch 2.14 on a CPU), and the softmax needs no memory.
 
-In half precision the products accumulate and the softmax works in float32, and what lies between them (scores, maps,
-mixed maps) is rounded to the type of the inputs, as in attention that is not fused.
+In half precision the matrix products take and give that type (accumulated in float32); softmax, dropout, mixing and
+sums over blocks are float32. So the scores, the mixed maps and their gradients are rounded once each, as in attention
+that is not fused, and small coefficients count in full.
 """
 
 import math
@@ -20,13 +21,10 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 20
-"""Entries of a block's maps over all heads and its batch items, where MIN_ROWS allows: 4 MB in float32."""
-MIN_ROWS = 64
-"""Fewer query rows make slow matrix products, so long rows get larger blocks."""
+"""Entries of a block's maps over all heads, roughly: 4 MB in float32."""
+MIN_ROWS = 128
+"""Fewer query rows make slow matrix products: for as many a block may grow to 4 * BLOCK entries."""
 LOW = (torch.bfloat16, torch.float16)
-SLICE = 1 << 14
-"""Longest sum of a product over maps in half precision: oneDNN's kernel (torch 2.14.1, CPU) ends the process by a
-division by zero at a few shapes with longer ones, such as (12, 131072) x (131072, 12)."""
 
 
 def blockwise(
@@ -98,9 +96,11 @@ class _Blocks:
         self.is_causal, self.scale = is_causal, scale
         B, H, N, _ = query.shape
         self.kv_heads, M = key.shape[1], key.shape[2]
-        self.rows = N if H * N * M <= 2 * BLOCK else min(N, max(MIN_ROWS, BLOCK // (H * M)))
-        self.rows = math.ceil(N / math.ceil(N / self.rows))  # blocks of equal size
-        self.items = min(B, max(1, BLOCK // (H * self.rows * M)))
+        rows = max(BLOCK // (H * M), min(MIN_ROWS, 4 * BLOCK // (H * M)), 16)
+        if H * N * M <= 2 * BLOCK:
+            rows = N
+        self.rows = math.ceil(N / math.ceil(N / rows))  # blocks of equal size
+        self.items = min(B, max(1, BLOCK // 2 // (H * self.rows * M)))
         self.low = query.dtype in LOW
         self.exact = torch.float32 if self.low else query.dtype
         self.keep = 1 - dropout_p
@@ -108,10 +108,7 @@ class _Blocks:
         if seed is not None:
             self.generator = torch.Generator(query.device).manual_seed(int(seed))
         factor = 1 / self.keep if self.keep > 0 else 0.0  # everything is dropped at p = 1
-        full = coeff.to(torch.promote_types(coeff.dtype, self.exact)) * factor
-        if self.low:  # I apart from the rest, which would vanish beside it in half precision
-            full = full - torch.eye(H, dtype=full.dtype, device=full.device)
-        self.coeff = full.to(query.dtype)
+        self.coeff = coeff.to(self.exact) * factor
         self.factor = factor
         self.hidden = self.bias = self.empty = None
         if mask is not None:
@@ -123,32 +120,33 @@ class _Blocks:
             if mask.dtype == torch.bool:
                 self.hidden = closed.expand(shape)
             else:
-                self.bias = mask.to(query.dtype).expand(shape)
+                self.bias = mask.to(self.exact).expand(shape)
         self._flat: dict[str, Tensor] = {}
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Contiguous memory, uninitialised; the same for the same name."""
+        """Contiguous memory, uninitialised; the same for the same name. Of the exact type unless told otherwise."""
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = self._flat[name] = torch.empty(size, dtype=dtype or self.query.dtype, device=self.query.device)
+            flat = self._flat[name] = torch.empty(size, dtype=dtype or self.exact, device=self.query.device)
         return flat[:size].view(shape)
 
     def __iter__(self) -> Iterator[_Block]:
         B, H, N, E = self.query.shape
-        M, D = self.value.shape[-2:]
+        M = self.value.shape[-2]
         KV = self.kv_heads
         starts = range(0, N, self.rows)
         # long causal rows first, so that the first buffers are the largest
         for b0 in range(0, B, self.items):
             items = slice(b0, min(B, b0 + self.items))
             b = items.stop - b0
-            key, value = self.key[items].reshape(b * KV, M, E), self.value[items].reshape(b * KV, M, D)
+            # packed: models hand over slices of a joint projection, which every product would copy or stride through
+            key, value = (t[items].contiguous().view(b * KV, M, -1) for t in (self.key, self.value))
             for r0 in reversed(starts):
                 rows = slice(r0, min(N, r0 + self.rows))
                 R = rows.stop - r0
                 m = min(M, rows.stop) if self.is_causal else M
-                query = self.buffer("query", b, H, R, E)
+                query = self.buffer("query", b, H, R, E, dtype=self.query.dtype)
                 torch.mul(self.query[items, :, rows], self.scale, out=query)
                 block = _Block(
                     items=items,
@@ -170,7 +168,7 @@ class _Blocks:
     def _fill(self, block: _Block) -> None:
         """Scores, softmax and dropout of a block."""
         maps, m = block.maps, block.keys
-        torch.bmm(block.query, block.key.transpose(1, 2), out=self.by_group(maps))
+        self.between(maps, block.query, block.key.transpose(1, 2))
         where = (block.items, slice(None), block.rows)
         if self.is_causal and m > block.rows.start + 1:
             ahead = slice(block.rows.start, m)  # keys before are seen by every row of the block
@@ -196,33 +194,38 @@ class _Blocks:
         out = self.buffer(name, *maps.shape)
         b, H = maps.shape[:2]
         coeff = (self.coeff.T if transpose else self.coeff).expand(b, H, H)
-        flat = maps.view(b, H, -1)
-        if self.low:
-            torch.baddbmm(flat, coeff, flat, out=out.view(b, H, -1))
-        else:
-            torch.bmm(coeff, flat, out=out.view(b, H, -1))
+        torch.bmm(coeff, maps.view(b, H, -1), out=out.view(b, H, -1))
         return out
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """left @ right, batches of matrices, in the buffer `name`."""
-        return torch.bmm(left, right, out=self.buffer(name, left.shape[0], left.shape[1], right.shape[2]))
+        """left @ right, batches of matrices, in the buffer `name` and the type of the inputs."""
+        out = self.buffer(name, left.shape[0], left.shape[1], right.shape[2], dtype=self.query.dtype)
+        return torch.bmm(left, right, out=out)
+
+    def between(self, maps: Tensor, left: Tensor, right: Tensor) -> None:
+        """left @ right, grouped, into `maps`, (b, H, R, m) in the exact type."""
+        if self.low:
+            self.by_group(maps).copy_(self.product("narrow", left, right))
+        else:
+            torch.bmm(left, right, out=self.by_group(maps))
+
+    def narrow(self, maps: Tensor) -> Tensor:
+        """(b, H, R, m), grouped and in the type of the inputs, for a product: valid until the next one is asked for."""
+        grouped = self.by_group(maps)
+        if not self.low:
+            return grouped
+        return self.buffer("narrow", *grouped.shape, dtype=self.query.dtype).copy_(grouped)
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
-        """<left_g, right_h> for all pairs of heads of (b, H, R, m), summed over items: (H, H) in the exact type."""
+        """<left_g, right_h> for all pairs of heads of (b, H, R, m), summed over items: (H, H)."""
         b, H, _, _ = left.shape
-        if not self.low and b == 1:  # row by row: twice as fast as one product over all rows
+        if b == 1:  # row by row: twice as fast as one product over all rows
             return torch.bmm(left[0].transpose(0, 1), right[0].permute(1, 2, 0)).sum(0)
-        left, right = left.view(b, H, -1), right.view(b, H, -1)
-        step = SLICE if self.low else left.shape[-1]
-        total = torch.zeros(H, H, dtype=self.exact, device=left.device)
-        for start in range(0, left.shape[-1], step):
-            part = slice(start, start + step)
-            total += torch.bmm(left[..., part], right[..., part].transpose(1, 2)).sum(0, dtype=self.exact)
-        return total
+        return torch.bmm(left.view(b, H, -1), right.view(b, H, -1).transpose(1, 2)).sum(0)
 
     def accumulate(self, target: Tensor, name: str, block: _Block, left: Tensor, right: Tensor) -> None:
         """Add left^T @ right to the gradient of the items' keys or values; write it to `target` with the last block."""
-        sums = self.buffer(name, left.shape[0], target.shape[2], right.shape[2], dtype=self.exact)
+        sums = self.buffer(name, left.shape[0], target.shape[2], right.shape[2])
         part = sums[:, : block.keys]
         if block.first:  # it has all the keys that any block has
             sums[:, block.keys :].zero_()
@@ -231,7 +234,8 @@ class _Blocks:
         elif block.first:
             part.copy_(self.product("product", left.transpose(1, 2), right))
         else:
-            part.add_(self.product("product", left.transpose(1, 2), right))
+            product = self.product("product", left.transpose(1, 2), right)
+            part.add_(self.buffer("wide", *product.shape).copy_(product))  # add_ alone would allocate that each time
         if block.last:
             target[block.items].copy_(sums.view(target[block.items].shape))
 
@@ -256,7 +260,7 @@ def _forward(
         blocks = _Blocks(query, key, value, coeff, mask, seed, dropout_p, is_causal, scale)
         for block in blocks:
             mixed = blocks.mix(block.dropped, "mixed")
-            product = blocks.product("out", blocks.by_group(mixed), block.value)
+            product = blocks.product("out", blocks.narrow(mixed), block.value)
             out[block.items, :, block.rows] = product.view(block.sizes[0], -1, block.sizes[1], value.shape[-1])
     return out
 
@@ -312,10 +316,11 @@ def _backward(
             upstream = blocks.by_group(grad[block.items, :, block.rows].contiguous())
             if need_v:
                 mixed = blocks.mix(block.dropped, "mixed")
-                blocks.accumulate(dv, "dv", block, blocks.by_group(mixed), upstream)
+                blocks.accumulate(dv, "dv", block, blocks.narrow(mixed), upstream)
             if not (need_q or need_k or need_coeff):
                 continue
-            slope = blocks.product("slope", upstream, block.value.transpose(1, 2)).view(block.maps.shape)  # D
+            slope = blocks.buffer("slope", *block.maps.shape)
+            blocks.between(slope, upstream, block.value.transpose(1, 2))  # D
             if need_coeff:
                 total += blocks.inner(slope, block.dropped)
             if not (need_q or need_k):
@@ -324,7 +329,7 @@ def _backward(
             if block.kept is not None:
                 slope.mul_(block.kept)
             softmax_backward(slope, block.maps, -1, slope.dtype, grad_input=slope)
-            scores = blocks.by_group(slope)
+            scores = blocks.narrow(slope)
             if need_q:
                 product = blocks.product("dq", scores, block.key)
                 torch.mul(product.view(b, -1, R, query.shape[-1]), scale, out=dq[block.items, :, block.rows])

@@ -1,10 +1,24 @@
 """Attention whose maps are mixed across heads: the fused route of Coeff-Tuning."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from coeft.attention.blockwise import blockwise
+
+Implementation = Literal["auto", "reference", "blockwise"]
+IMPLEMENTATIONS = ("auto", "reference", "blockwise")
+
+LARGE = 1 << 14
+"""Query tokens times key tokens from which blocks are faster than whole maps, about 128 tokens: see docs/performance.md."""
+
+
+def prefers_blocks(queries: int, keys: int) -> bool:
+    """Whether implementation="auto" takes the blockwise form for so many tokens."""
+    return queries * keys >= LARGE
 
 
 def coeff_attention(
@@ -17,14 +31,22 @@ def coeff_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Scaled dot-product attention in which head g attends with sum_h coeff[g, h] * maps[h].
 
         maps_h = dropout(softmax(q_h k_h^T * scale + mask))     out_g = (sum_h coeff[g, h] maps_h) v_g
 
     Arguments are those of `torch.nn.functional.scaled_dot_product_attention`, and mean the same; with coeff = I so
-    does the result. This is the reference: it holds all maps of all heads, and forms scores, softmax and mixing in
-    float32 where the inputs are of half precision.
+    does the result. Two implementations of one function:
+
+        reference    holds all maps of all heads; float32 inside where the inputs are of half precision; differentiable
+                     any number of times, also for a float mask
+        blockwise    exact too, by blocks of query rows: memory linear in the tokens, faster for more than about a
+                     hundred; differentiable once; in half precision it rounds between matrix products
+                     (coeft/attention/blockwise.py); its dropout draws another sequence
+        auto         blockwise from `LARGE` pairs of tokens on, unless the mask wants a gradient
 
     Args:
         query: (..., H, N, E). Leading dimensions broadcast.
@@ -37,6 +59,7 @@ def coeff_attention(
         is_causal: query i sees keys 0 to i. Not together with attn_mask.
         scale: factor of the scores; None is 1 / sqrt(E).
         enable_gqa: allow fewer key and value heads than query heads.
+        implementation: one of the above.
 
     Returns:
         (..., H, N, D) in the type of the inputs.
@@ -51,12 +74,21 @@ def coeff_attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, coeff, attn_mask, dropout_p, is_causal, enable_gqa)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"coeff_attention: implementation must be {', '.join(IMPLEMENTATIONS)}, not {implementation!r}")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    learned_mask = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    if implementation == "blockwise" and learned_mask:
+        raise ValueError("coeff_attention: implementation='blockwise' has no gradient for attn_mask; take 'reference'")
+    if implementation == "auto" and not learned_mask and prefers_blocks(query.shape[-2], key.shape[-2]):
+        implementation = "blockwise"
+    if implementation == "blockwise":
+        return _in_blocks(query, key, value, coeff, attn_mask, dropout_p, is_causal, scale)
     dtype = query.dtype
     exact = torch.promote_types(dtype, torch.float32)
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     with torch.autocast(device, enabled=False):
         scores = (query.to(exact) * scale) @ key.to(exact).transpose(-2, -1)  # (..., H, N, M)
         if is_causal:
@@ -67,6 +99,32 @@ def coeff_attention(
             maps = F.dropout(maps, dropout_p)
         mixed = (coeff.to(exact) @ maps.flatten(-2)).unflatten(-1, maps.shape[-2:])
         return (mixed @ value.to(exact)).to(dtype)
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coeff: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """Leading dimensions as one, and sizes of zero."""
+    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    if 0 in (*leading, *query.shape[-3:], key.shape[-2], value.shape[-1]):
+        # nothing to attend to or with: zeros that depend on the inputs, as autograd wants them
+        shape = (*leading, *query.shape[-3:-1], value.shape[-1])
+        return query.new_zeros(shape) + 0 * (query.sum() + key.sum() + value.sum() + coeff.sum().to(query.dtype))
+    if mask is not None and len(leading) != 1:
+        mask = mask.reshape((1,) * (3 - mask.dim()) + mask.shape)  # heads, queries and keys stay as narrow as they are
+        mask = mask.expand(*leading, *mask.shape[-3:]).flatten(0, -4) if mask.dim() > 3 else mask.unsqueeze(0)
+    elif mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    query, key, value = (t.expand(*leading, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in (query, key, value))
+    out = blockwise(query, key, value, coeff, mask, dropout_p, is_causal, scale)
+    return out if len(leading) == 1 else out.reshape(*leading, *out.shape[1:])
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coeft.attention.functional import coeff_attention, prefers_blocks
+
 INITS = ("residual", "identity", "random")
+ROUTES = ("auto", "maps", "fused")
 
 
 class CoeffMixer(nn.Module):
     """maps (B, H, N, M) -> mixed maps, where head g gets sum_h alpha'[g, h] * maps[:, h].
+
+    Or the whole attention of the layer: query, key, value -> what the mixed maps give, without holding the maps.
 
     By `init`, with dropout on the entries, scaled by 1 / (1 - p), one draw a forward, in training only:
 
@@ -28,6 +33,8 @@ class CoeffMixer(nn.Module):
         dropout: probability p of dropping an entry, in [0, 1).
         init: one of INITS.
         site: name of the attention layer, for messages.
+        route: for layers that have both ways: "maps", "fused" (the whole attention), or "auto", by the tokens of
+            each forward. Results are equal to round-off.
         device: of the coefficients; their type is float32 whatever the model's is, since steps of 1e-3 vanish
             beside larger entries in half precision.
     """
@@ -39,15 +46,19 @@ class CoeffMixer(nn.Module):
         dropout: float = 0.0,
         init: str = "residual",
         site: str = "attention",
+        route: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if route not in ROUTES:
+            raise ValueError(f"route must be one of {', '.join(ROUTES)}, not {route!r}")
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, not {init!r}")
         self.num_heads = num_heads
         self.dropout = dropout
         self.init = init
         self.site = site
+        self.route = route
         self.active = False  # set by forward, so that the layer can tell whether its maps were mixed
         alpha = torch.zeros(num_heads, num_heads, dtype=torch.float32, device=device)
         if init == "identity":
@@ -71,15 +82,17 @@ class CoeffMixer(nn.Module):
         alpha = alpha.to(self.coeff_alpha)
         self.coeff_alpha.copy_(alpha if self.init == "residual" else alpha + self._identity())
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps: Tensor, key: Tensor | None = None, value: Tensor | None = None, **options: Any) -> Tensor:
+        """forward(maps) mixes maps; forward(query, key, value, **options of coeff_attention) is the whole attention."""
+        if key is not None and value is not None:
+            return self._attend(maps, key, value, options)
         if maps.dim() != 4 or maps.shape[1] != self.num_heads:
             raise ValueError(
                 f"{self.site}: expected attention maps (batch, {self.num_heads} heads, queries, keys), "
                 f"got {list(maps.shape)}"
             )
         self.active = True
-        dropped = F.dropout(self.coeff_alpha, self.dropout, self.training)
-        delta = dropped if self.init == "residual" else dropped - self._identity()
+        delta = self._delta()
         flat = maps.flatten(2)  # (B, H, N * M)
         # In the type of the maps. Under autocast timm's softmax gives float32: mixing there as well leaves one
         # rounding, that of the mixed maps, while I + delta in half precision would lose every delta below 2^-8.
@@ -90,6 +103,24 @@ class CoeffMixer(nn.Module):
             # result is rounded. The maps themselves then hide deltas below about 2^-8, in the forward.
             delta = delta.to(maps.dtype).expand(maps.shape[0], -1, -1)
             return torch.baddbmm(flat, delta, flat).view(maps.shape)
+
+    def takes_all(self, queries: int, keys: int) -> bool:
+        """Whether a layer that has both ways hands its whole attention over, for so many tokens."""
+        return self.route == "fused" or (self.route == "auto" and prefers_blocks(queries, keys))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        if query.dim() != 4 or query.shape[1] != self.num_heads:
+            raise ValueError(
+                f"{self.site}: expected queries (batch, {self.num_heads} heads, tokens, head size), "
+                f"got {list(query.shape)}"
+            )
+        self.active = True
+        return coeff_attention(query, key, value, self._delta() + self._identity(), **options)
+
+    def _delta(self) -> Tensor:
+        """alpha' - I of one forward."""
+        dropped = F.dropout(self.coeff_alpha, self.dropout, self.training)
+        return dropped if self.init == "residual" else dropped - self._identity()
 
     # The hooks of the attention layer. Bound methods of this module, so that a deep copy of the model acts on its own
     # mixers. `active` is False outside of a layer's forward; torch.compile guards on it without recompiling.
