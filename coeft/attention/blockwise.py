@@ -24,6 +24,7 @@ BLOCK = 1 << 20
 """Entries of a block's maps over all heads, roughly: 4 MB in float32."""
 MIN_ROWS = 128
 """Fewer query rows make slow matrix products: for as many a block may grow to 4 * BLOCK entries."""
+FEWEST_ROWS = 16
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -96,7 +97,7 @@ class _Blocks:
         self.is_causal, self.scale = is_causal, scale
         B, H, N, _ = query.shape
         self.kv_heads, M = key.shape[1], key.shape[2]
-        rows = max(BLOCK // (H * M), min(MIN_ROWS, 4 * BLOCK // (H * M)), 16)
+        rows = max(BLOCK // (H * M), min(MIN_ROWS, 4 * BLOCK // (H * M)), FEWEST_ROWS)
         if H * N * M <= 2 * BLOCK:
             rows = N
         self.rows = math.ceil(N / math.ceil(N / rows))  # blocks of equal size

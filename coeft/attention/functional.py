@@ -12,13 +12,15 @@ from coeft.attention.blockwise import blockwise
 Implementation = Literal["auto", "reference", "blockwise"]
 IMPLEMENTATIONS = ("auto", "reference", "blockwise")
 
-LARGE = 1 << 14
-"""Query tokens times key tokens from which blocks are faster than whole maps, about 128 tokens: see docs/performance.md."""
+LARGE = 1 << 20
+"""Entries of all maps from which blocks are faster than whole maps: less than that stays in the cache anyhow."""
+LONG = 1 << 13
+"""Query tokens times key tokens from which blocks are faster, however many items there are: about 90 squared."""
 
 
-def prefers_blocks(queries: int, keys: int) -> bool:
-    """Whether implementation="auto" takes the blockwise form for so many tokens."""
-    return queries * keys >= LARGE
+def prefers_blocks(items: int, heads: int, queries: int, keys: int) -> bool:
+    """Whether implementation="auto" takes the blockwise form for such maps. Measured: see docs/performance.md."""
+    return queries * keys >= LONG and items * heads * queries * keys >= LARGE
 
 
 def coeff_attention(
@@ -46,7 +48,7 @@ def coeff_attention(
         blockwise    exact too, by blocks of query rows: memory linear in the tokens, faster for more than about a
                      hundred; differentiable once; in half precision it rounds between matrix products
                      (coeft/attention/blockwise.py); its dropout draws another sequence
-        auto         blockwise from `LARGE` pairs of tokens on, unless the mask wants a gradient
+        auto         blockwise where it is faster (`prefers_blocks`), unless the mask wants a gradient
 
     Args:
         query: (..., H, N, E). Leading dimensions broadcast.
@@ -80,8 +82,10 @@ def coeff_attention(
     learned_mask = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     if implementation == "blockwise" and learned_mask:
         raise ValueError("coeff_attention: implementation='blockwise' has no gradient for attn_mask; take 'reference'")
-    if implementation == "auto" and not learned_mask and prefers_blocks(query.shape[-2], key.shape[-2]):
-        implementation = "blockwise"
+    if implementation == "auto" and not learned_mask:
+        items = math.prod(torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3]))
+        if prefers_blocks(items, query.shape[-3], query.shape[-2], key.shape[-2]):
+            implementation = "blockwise"
     if implementation == "blockwise":
         return _in_blocks(query, key, value, coeff, attn_mask, dropout_p, is_causal, scale)
     dtype = query.dtype

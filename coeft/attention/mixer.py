@@ -104,9 +104,11 @@ class CoeffMixer(nn.Module):
             delta = delta.to(maps.dtype).expand(maps.shape[0], -1, -1)
             return torch.baddbmm(flat, delta, flat).view(maps.shape)
 
-    def takes_all(self, queries: int, keys: int) -> bool:
-        """Whether a layer that has both ways hands its whole attention over, for so many tokens."""
-        return self.route == "fused" or (self.route == "auto" and prefers_blocks(queries, keys))
+    def takes_all(self, items: int, tokens: int) -> bool:
+        """Whether a layer that has both ways hands its whole attention over, for so many items and tokens."""
+        if self.route == "auto":
+            return prefers_blocks(items, self.num_heads, tokens, tokens)
+        return self.route == "fused"
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         if query.dim() != 4 or query.shape[1] != self.num_heads:

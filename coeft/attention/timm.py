@@ -2,7 +2,7 @@
 
 timm's attention classes compute maps = softmax(...) and pass them through `attn_drop` unless `fused_attn` is set. A
 mixer is a child of the attention module and a forward hook on `attn_drop`, so no parameter of the model changes its
-name. The tables below say, class by class, where that holds; they were read from timm 1.0.31 and are compared with the
+name. Classes in coeft/attention/timm_fused.py have a second route, without maps. The tables below say, class by class, where that holds; they were read from timm 1.0.31 and are compared with the
 installed sources by a test. What is in no table is refused when it computes a softmax, and never guessed.
 """
 
@@ -14,11 +14,13 @@ from typing import cast
 
 from torch import nn
 
+from coeft.attention import timm_fused
 from coeft.attention.mixer import CoeffMixer
 from coeft.attention.site import AttentionSite
 from coeft.errors import UserError
 
 ROUTE = "maps (attn_drop)"
+BOTH_ROUTES = "fused if large, else maps"
 
 # class -> families. Post-softmax maps of shape (B, H, N, M), H = module.num_heads, pass through module.attn_drop.
 SUPPORTED = {
@@ -142,7 +144,8 @@ def find_sites(model: nn.Module) -> tuple[list[AttentionSite], str | None]:
         key = _key(cls)
         if key in SUPPORTED:
             heads = cast(int, module.num_heads)
-            sites.append(AttentionSite(name, module, heads, ROUTE, partial(_install, name, module)))
+            route = BOTH_ROUTES if timm_fused.offer(module) else ROUTE
+            sites.append(AttentionSite(name, module, heads, route, partial(_install, name, module)))
         elif key in REFUSED:
             problems.setdefault(key, f"{name} ({cls.__name__}, {REFUSED[key][0]}): {REFUSED[key][1]}")
         elif key in PASSED_OVER:
@@ -193,9 +196,12 @@ def _install(name: str, module: nn.Module, mixer: nn.Module) -> None:
         raise UserError(f"{name} has a coeff mixer already: attach a stack to a fresh model")
     if mixer.num_heads != module.num_heads:
         raise ValueError(f"{name} has {module.num_heads} heads, the mixer {mixer.num_heads}")
+    fused = timm_fused.offer(module)
     module.add_module("coeff_mix", mixer)
     if hasattr(module, "fused_attn"):
         vars(module)["fused_attn"] = False
     cast(nn.Module, module.attn_drop).register_forward_hook(mixer.on_maps)
+    if fused:
+        timm_fused.install(module)
     module.register_forward_pre_hook(mixer.on_start)
     module.register_forward_hook(mixer.on_end)

@@ -1,0 +1,161 @@
+"""The blockwise form of coeff_attention against the reference form."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from coeft.attention import blockwise
+from coeft.attention.functional import coeff_attention, prefers_blocks
+
+
+@pytest.fixture(autouse=True, params=[(1 << 20, 128), (60, 2)], ids=["one block", "many blocks"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "BLOCK", request.param[0])
+    monkeypatch.setattr(blockwise, "MIN_ROWS", request.param[1])
+    if request.param[1] == 2:
+        monkeypatch.setattr(blockwise, "FEWEST_ROWS", 2)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(B: int, H: int, KV: int, N: int, M: int, E: int = 5, D: int = 3, seed: int = 0) -> list[Tensor]:
+    shapes = ((B, H, N, E), (B, KV, M, E), (B, KV, M, D), (H, H))
+    return [draw(*shape, seed=seed + i).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+def compare(given: list[Tensor], **options: object) -> None:
+    outs = [coeff_attention(*given, implementation=i, **options) for i in ("reference", "blockwise")]
+    target = draw(*outs[0].shape, seed=9)
+    grads = [torch.autograd.grad((out * target).sum(), given) for out in outs]
+    for one, two in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    KV=st.integers(1, 3),
+    N=st.integers(1, 13),
+    M=st.integers(1, 13),
+    mask=st.sampled_from(["none", "causal", "bool", "float", "padding"]),
+    seed=st.integers(0, 99),
+)
+def test_it_is_the_reference(B: int, groups: int, KV: int, N: int, M: int, mask: str, seed: int) -> None:
+    H = groups * KV
+    random = draw(B, H, N, M, seed=seed + 50)
+    options: dict = {
+        "none": {},
+        "causal": {"is_causal": True},
+        "bool": {"attn_mask": random[:1] < 0.5},  # some rows without any key
+        "float": {"attn_mask": random[:, :1].masked_fill(random[:, :1] > 1, -torch.inf)},
+        "padding": {"attn_mask": random[:, :1, :1] < 0.5},
+    }[mask]
+    compare(inputs(B, H, KV, N, M, seed=seed), enable_gqa=True, scale=0.4, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": draw(5, 4, seed=8) < 0.7}])
+def test_gradcheck(options: dict) -> None:
+    given = inputs(2, 2, 1, 5, 4, 3, 2)
+    call = lambda *t: coeff_attention(*t, enable_gqa=True, implementation="blockwise", **options)  # noqa: E731
+    assert torch.autograd.gradcheck(call, given)
+
+
+def test_dropout_is_the_same_in_the_backward() -> None:
+    """Finite differences hold when every call draws the same; a linear function of the values shows which maps."""
+    given = inputs(2, 3, 3, 7, 6)
+
+    def call(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return coeff_attention(*tensors, dropout_p=0.4, implementation="blockwise")
+
+    assert torch.autograd.gradcheck(call, given)
+    assert torch.equal(call(*given), call(*given))
+    assert not torch.equal(call(*given), coeff_attention(*given, dropout_p=0.4, implementation="blockwise"))
+    many = [t.detach() for t in inputs(1, 2, 2, 4, 6)]
+    mean = torch.stack(
+        [coeff_attention(*many, dropout_p=0.3, implementation="blockwise") for _ in range(2000)]
+    ).mean(0)
+    torch.testing.assert_close(mean, coeff_attention(*many, implementation="reference"), atol=0.25, rtol=0)
+    assert (coeff_attention(*many, dropout_p=1.0, implementation="blockwise") == 0).all()
+
+
+def test_only_wanted_gradients() -> None:
+    for wanted in range(4):
+        given = [t.detach() for t in inputs(2, 3, 3, 7, 6)]
+        given[wanted].requires_grad_()
+        results = []
+        for implementation in ("reference", "blockwise"):
+            out = coeff_attention(*given, implementation=implementation)
+            results += torch.autograd.grad(out.square().sum(), given[wanted])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    given = inputs(1, 2, 2, 3, 3)
+    (grad,) = torch.autograd.grad(
+        coeff_attention(*given, implementation="blockwise").square().sum(), given[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), given[1])
+
+
+def test_leading_dimensions_empty_sizes_and_masks_with_gradient() -> None:
+    q, k, v = (draw(3, 4, 2, n, 5, seed=n).requires_grad_() for n in (6, 7, 8 - 1))
+    coeff = draw(2, 2, seed=3).requires_grad_()
+    compare([q, k, v, coeff], attn_mask=draw(4, 1, 1, 7, seed=2) < 1)
+    compare([q, k, v, coeff], attn_mask=draw(6, 7, seed=2))
+    compare([t[0, 0] if t.dim() > 2 else t for t in (q, k, v, coeff)])
+    empty = coeff_attention(q, k[..., :0, :], v[..., :0, :], coeff, implementation="blockwise")
+    assert empty.shape == q.shape and (empty == 0).all()
+    bias = draw(6, 7, seed=2).requires_grad_()
+    with pytest.raises(ValueError, match="no gradient for attn_mask"):
+        coeff_attention(q, k, v, coeff, bias, implementation="blockwise")
+    big = torch.zeros(1, 12, 512, 4)
+    bias = torch.zeros(512, 512, requires_grad=True)
+    coeff_attention(big, big, big, torch.eye(12), bias).sum().backward()  # auto: the reference
+    assert prefers_blocks(1, 12, 512, 512) and bias.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(dtype: torch.dtype) -> None:
+    exact = [t.detach() for t in inputs(2, 4, 2, 40, 50, 16, 16)]
+    low = [t.to(dtype).requires_grad_() for t in exact[:3]] + [exact[3].float().requires_grad_()]
+    exact = [t.detach().double().requires_grad_() for t in low]
+    out = coeff_attention(*low, enable_gqa=True, implementation="blockwise")
+    want = coeff_attention(*exact, enable_gqa=True, implementation="reference")
+    assert out.dtype == dtype
+    for one, two in zip(
+        (out, *torch.autograd.grad(out.float().square().sum(), low)),
+        (want, *torch.autograd.grad(want.square().sum(), exact)),
+        strict=True,
+    ):
+        assert (one.double() - two).abs().max() < 16 * torch.finfo(dtype).eps * two.abs().max()
+    q, k, v, coeff = (t.detach().float() for t in exact)
+    with torch.autocast("cpu", dtype):
+        cast = coeff_attention(q, k, v, coeff, enable_gqa=True, implementation="blockwise")
+    assert torch.equal(cast, out)
+    slightly = coeff_attention(*low[:3], torch.eye(4) * 1.003, enable_gqa=True, implementation="blockwise")
+    assert not torch.equal(slightly, coeff_attention(*low[:3], torch.eye(4), enable_gqa=True, implementation="blockwise"))
+
+
+def test_compile() -> None:
+    given = [t.detach().float().requires_grad_() for t in inputs(2, 4, 2, 9, 9)]
+    torch._dynamo.reset()
+
+    def call(*tensors: Tensor) -> Tensor:
+        return coeff_attention(*tensors, is_causal=True, enable_gqa=True, implementation="blockwise")
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for one, two in zip(
+        torch.autograd.grad(compiled(*given).square().sum(), given),
+        torch.autograd.grad(call(*copy.copy(given)).square().sum(), given),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two)
