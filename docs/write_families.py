@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from coeft.attention import hf
-from coeft.attention.timm import PASSED_OVER, REFUSED, ROUTE, SUPPORTED
+from coeft.attention.timm import BOTH_ROUTES, PASSED_OVER, REFUSED, ROUTE, SUPPORTED
+from coeft.attention.timm_fused import FUSED
 
 PAGE = """# Which models Coeff-Tuning fits
 
@@ -22,8 +23,12 @@ table, refused when one is in the second or in none, and what is in the third is
 
 Route: {route}. The class computes softmax maps (batch, heads, queries, keys) and passes them through `attn_drop`.
 
-| class | models |
-|---|---|
+Where the second column says so, the whole attention can also be handed over, without its maps ("{both}" in
+`dry_run`): `coeff_attention` by blocks of query rows, for layers whose maps would not fit in the cache. Both give the
+same to round-off. These classes use coeft's own forward only as long as timm's has the source it was written from.
+
+| class | without maps | models |
+|---|---|---|
 {supported}
 
 ### Refused
@@ -83,7 +88,10 @@ def page() -> str:
     """The text of docs/families.md."""
     return PAGE.format(
         route=ROUTE,
-        supported="\n".join(f"| `{name}` | {models} |" for name, models in SUPPORTED.items()),
+        both=BOTH_ROUTES,
+        supported="\n".join(
+            f"| `{name}` | {'too' if name in FUSED else ''} | {models} |" for name, models in SUPPORTED.items()
+        ),
         refused="\n".join(f"| `{name}` | {models} | {why} |" for name, (models, why) in REFUSED.items()),
         passed="\n".join(f"| `{name}` | {what} |" for name, what in PASSED_OVER.items()),
         hf_route=hf.ROUTE,

@@ -77,7 +77,9 @@ def coeff_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, coeff, attn_mask, dropout_p, is_causal, enable_gqa)
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"coeff_attention: implementation must be {', '.join(IMPLEMENTATIONS)}, not {implementation!r}")
+        raise ValueError(
+            f"coeff_attention: implementation must be {', '.join(IMPLEMENTATIONS)}, not {implementation!r}"
+        )
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     learned_mask = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     if implementation == "blockwise" and learned_mask:

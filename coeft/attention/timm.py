@@ -2,8 +2,9 @@
 
 timm's attention classes compute maps = softmax(...) and pass them through `attn_drop` unless `fused_attn` is set. A
 mixer is a child of the attention module and a forward hook on `attn_drop`, so no parameter of the model changes its
-name. Classes in coeft/attention/timm_fused.py have a second route, without maps. The tables below say, class by class, where that holds; they were read from timm 1.0.31 and are compared with the
-installed sources by a test. What is in no table is refused when it computes a softmax, and never guessed.
+name. The classes of coeft/attention/timm_fused.py have a second route, without maps. The tables below say, class by
+class, where that holds; they were read from timm 1.0.31 and are compared with the installed sources by a test. What is
+in no table is refused when it computes a softmax, and never guessed.
 """
 
 import inspect

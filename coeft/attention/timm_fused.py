@@ -59,7 +59,9 @@ def _forward(function: Callable[..., Tensor], module: Any, x: Tensor, *args: Any
     return type(module).forward(module, x, *args, **kwargs)
 
 
-def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def _attend(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
     """q (B, H, N, E) ... -> (B, N, H * D). A causal layer ignores its mask, as in timm."""
     dropout_p = module.attn_drop.p if module.training else 0.0
     options = {"attn_mask": None if is_causal else mask, "dropout_p": dropout_p, "is_causal": is_causal}

@@ -79,9 +79,7 @@ def test_dropout_is_the_same_in_the_backward() -> None:
     assert torch.equal(call(*given), call(*given))
     assert not torch.equal(call(*given), coeff_attention(*given, dropout_p=0.4, implementation="blockwise"))
     many = [t.detach() for t in inputs(1, 2, 2, 4, 6)]
-    mean = torch.stack(
-        [coeff_attention(*many, dropout_p=0.3, implementation="blockwise") for _ in range(2000)]
-    ).mean(0)
+    mean = torch.stack([coeff_attention(*many, dropout_p=0.3, implementation="blockwise") for _ in range(2000)]).mean(0)
     torch.testing.assert_close(mean, coeff_attention(*many, implementation="reference"), atol=0.25, rtol=0)
     assert (coeff_attention(*many, dropout_p=1.0, implementation="blockwise") == 0).all()
 
@@ -142,7 +140,9 @@ def test_half_precision_and_autocast(dtype: torch.dtype) -> None:
         cast = coeff_attention(q, k, v, coeff, enable_gqa=True, implementation="blockwise")
     assert torch.equal(cast, out)
     slightly = coeff_attention(*low[:3], torch.eye(4) * 1.003, enable_gqa=True, implementation="blockwise")
-    assert not torch.equal(slightly, coeff_attention(*low[:3], torch.eye(4), enable_gqa=True, implementation="blockwise"))
+    assert not torch.equal(
+        slightly, coeff_attention(*low[:3], torch.eye(4), enable_gqa=True, implementation="blockwise")
+    )
 
 
 def test_compile() -> None:

@@ -79,7 +79,9 @@ def test_the_table_is_of_the_installed_timm() -> None:
     for name, (_, digest) in timm_fused.FUSED.items():
         module, _, cls = name.rpartition(".")
         assert timm_fused.digest(getattr(importlib.import_module(module), cls)) == digest, f"read {name} again"
-    taken = {f"{type(s.module).__module__}.{type(s.module).__qualname__}" for f in BOTH for s in find_sites(plain(f))[0]}
+    taken = {
+        f"{type(s.module).__module__}.{type(s.module).__qualname__}" for f in BOTH for s in find_sites(plain(f))[0]
+    }
     assert taken == set(timm_fused.FUSED)
 
 
