@@ -4,8 +4,8 @@ A block is some query rows of some batch items, of all heads. Its scores, maps a
 allocated once a call and sized for the processor's cache; the backward pass computes the maps again, block by block,
 from the inputs. So memory grows with the number of tokens, not with its square.
 
-Row log-sum-exps are not kept: with them the maps take one exponential, without them one fused softmax. Finding them in
-the forward costs what they save in the backward (measured, torch 2.14 on a CPU), and the softmax needs no memory.
+Row log-sum-exps are not kept: the backward takes a fused softmax again instead of one exponential, and needs no memory
+for it. Whether keeping them would be faster was not measured.
 
 In half precision the matrix products take and give that type (accumulated in float32); softmax, dropout, mixing and
 sums over blocks are float32. So the scores, the mixed maps and their gradients are rounded once each, as in attention
