@@ -269,7 +269,7 @@ def test_dry_run_shows_without_training(tmp_path: Path, capsys: pytest.CaptureFi
     assert not run.exists()
     for text in (
         "blocks.0.attn",
-        "maps (attn_drop)",
+        "fused if large, else maps",
         "rank 8",
         "trainable 3,434",
         "estimated peak memory",
