@@ -103,6 +103,13 @@ class ImageData:
         """
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Whatever can be found missing in a few seconds, before torch is imported: data that only a network has.
+
+        Raises:
+            UserError: the data is neither here nor to be had.
+        """
+
     def split_name(self, part: str) -> str | None:
         """The source's name of train, val or test, or None."""
         return self.splits.get(part)

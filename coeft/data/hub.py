@@ -36,6 +36,9 @@ class Hub(ImageData):
     cache_dir: str | None = None
     """Where `datasets` keeps its files; null is its own choice."""
 
+    def check(self) -> None:
+        self.load(0)
+
     def load(self, seed: int, group: str | None = None) -> "Source":
         name = required("data.name", self.name, "NAME_OR_FOLDER")
 

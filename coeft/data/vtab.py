@@ -49,6 +49,10 @@ class VTAB(ImageData):
         if set(self.hub_splits) != {"train", "test"}:
             raise UserError(f"data.hub_splits must name train and test, not {', '.join(self.hub_splits) or 'nothing'}")
 
+    def check(self) -> None:
+        if self.root is None:
+            self.load(0)
+
     def load(self, seed: int, group: str | None = None) -> "Source":
         from coeft.data._vtab import from_folder, from_hub
 
