@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from coeft.backbones._backbone import Preprocessing
+if TYPE_CHECKING:
+    from coeft.backbones._backbone import Preprocessing  # which imports torch
+
 
 RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -47,7 +50,7 @@ def strict_pillow() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = truncated
 
 
-def pixels(item: Path | bytes | np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+def pixels(item: Path | bytes | np.ndarray, preprocessing: "Preprocessing") -> np.ndarray:
     """uint8 (C, H, W) of one image, resized; C follows from the number of means.
 
     Raises:
@@ -117,7 +120,7 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
 
 
-def resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def resize(image: Image.Image, preprocessing: "Preprocessing") -> Image.Image:
     """The image in the model's size, as timm's evaluation transform does it, pixel for pixel.
 
     resize=squash is timm's crop mode "squash" with nothing cropped; other sizes follow its mode "center".

@@ -93,7 +93,6 @@ def from_hub(settings: VTAB, task: str, chosen: dict[str, str | None], seed: int
             f"VTAB-1k task {task}: give a local copy, {folder}, or a data set on the Hub, data.hub_name=NAME"
         )
 
-    from coeft.data._data import balanced
     from coeft.data._hub import load_hub, read_splits
 
     tables = load_hub(
@@ -103,6 +102,8 @@ def from_hub(settings: VTAB, task: str, chosen: dict[str, str | None], seed: int
         cache_dir=None,
         ways=f"give a local copy: {folder}",
     )
+    from coeft.data._data import balanced  # imports torch, so after the network has answered
+
     wanted: dict[str, str | None] = {"train": settings.hub_splits["train"], "val": None}
     wanted["test"] = settings.hub_splits["test"] if "test" in chosen.values() else None
     for part, split_name in wanted.items():
