@@ -119,7 +119,7 @@ class Stack:
         """The model's output for a batch, in eval mode, when every method was called.
 
         Args:
-            inputs: images (B, C, H, W), normalised, or the keyword arguments of the model's forward.
+            inputs: images (B, C, H, W), normalised, or a prepared batch, see Backbone.forward.
 
         Leaves no trace: no gradients, hooks removed, training modes restored.
 
@@ -139,7 +139,7 @@ class Stack:
             model.eval()
             # not inference_mode: tensors that a model caches in this forward must serve in training later
             with torch.no_grad():
-                output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+                output = backbone.forward(inputs) if isinstance(inputs, Mapping) else model(inputs)
         finally:
             for handle in handles:
                 handle.remove()

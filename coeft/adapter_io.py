@@ -35,7 +35,7 @@ def fingerprint(model: nn.Module, head: str) -> dict[str, Any]:
     """
     shapes, digest = {}, hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if name.startswith(f"{head}.") or "pos_embed" in name or not parameter.is_floating_point():
+        if (head and name.startswith(f"{head}.")) or "pos_embed" in name or not parameter.is_floating_point():
             continue
         shapes[name] = list(parameter.shape)
         flat = parameter.detach().flatten()
@@ -71,6 +71,7 @@ def save_adapter(
     stack: Stack,
     *,
     base: Mapping[str, Any],
+    num_outputs: int,
     class_names: list[str],
     card: str,
 ) -> None:
@@ -78,6 +79,7 @@ def save_adapter(
 
     Args:
         base: fingerprint(model) from before the stack was attached.
+        num_outputs: width of the head; 0 is none.
         card: the text of README.md.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,17 +96,19 @@ def save_adapter(
             write_json(folder / "adapter_config.json", dict(sorted(config.items())))
             write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
         head = dict(backbone.head_parameters())
-        names = json.dumps(class_names, ensure_ascii=False)
-        write_tensors(part / "head.safetensors", head, {"class_names": names})
+        if head:
+            names = json.dumps(class_names, ensure_ascii=False)
+            write_tensors(part / "head.safetensors", head, {"class_names": names})
         write_json(
             part / "coeft.json",
             {
                 "format": FORMAT,
+                "outputs": num_outputs,
                 "stack": [asdict(settings) for settings in stack.methods.values()],
                 "base_model": {
                     "kind": backbone.kind,
                     "name": backbone.name,
-                    "preprocessing": asdict(backbone.preprocessing),
+                    "preprocessing": asdict(backbone.preprocessing) if backbone.preprocessing else None,
                     **base,
                 },
                 "versions": versions(),
@@ -188,7 +192,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_class_names(path: Path) -> list[str]:
-    """The class names of an adapter's head, in the order of its logits."""
+    """The class names of an adapter's head, in the order of its logits; none where there is no head."""
+    if not (path / "head.safetensors").exists():
+        return []
     _, metadata = read_tensors(path / "head.safetensors")
     try:
         names = json.loads(metadata["class_names"])
@@ -197,6 +203,14 @@ def read_class_names(path: Path) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}/head.safetensors: class_names must be a list of texts")
     return names
+
+
+def outputs(manifest: Mapping[str, Any], class_names: list[str]) -> int:
+    """Width of the head that an adapter was trained with; 0 is none."""
+    count = manifest.get("outputs", len(class_names))
+    if not isinstance(count, int) or count < 0:
+        raise UserError(f"coeft.json: 'outputs' must be a number of outputs, not {count!r}")
+    return count
 
 
 def fill(path: Path, backbone: Backbone, stack: Stack) -> None:
@@ -216,8 +230,9 @@ def fill(path: Path, backbone: Backbone, stack: Stack) -> None:
             attachment.unpack(config, tensors)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
-    tensors, _ = read_tensors(path / "head.safetensors")
-    copy_into(backbone.head_parameters(), tensors, f"{path}/head.safetensors")
+    if head := backbone.head_parameters():
+        tensors, _ = read_tensors(path / "head.safetensors")
+        copy_into(head, tensors, f"{path}/head.safetensors")
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Module:
@@ -239,12 +254,12 @@ def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> n
     path = Path(path).expanduser()
     manifest = read_manifest(path)
     stack = read_stack(manifest, f"{path}/coeft.json")
-    num_classes = len(read_class_names(path))
+    num_outputs = outputs(manifest, read_class_names(path))
     backbone = _describe(model, manifest["base_model"].get("kind"))
     if check:
         check_base(manifest["base_model"], fingerprint(model, backbone.head), str(path))
     if backbone.kind == "timm":
-        model.reset_classifier(num_classes)  # type: ignore[operator]
+        model.reset_classifier(num_outputs)  # type: ignore[operator]
     stack.attach(backbone, seed=0)
     fill(path, backbone, stack)
     return model.eval()

@@ -13,7 +13,8 @@ from coeft import adapter_io
 from coeft.adapt import Stack
 from coeft.backbones._backbone import Backbone, Preprocessing
 from coeft.config import TrainConfig, Trainer
-from coeft.data._data import Part, resolve_preprocessing
+from coeft.data._images import ImageEncoder, resolve_preprocessing
+from coeft.data._part import Encoder, Part
 from coeft.data._transforms import Augment, Normalize
 from coeft.errors import UserError
 from coeft.module import TuningModule
@@ -35,25 +36,38 @@ class Assembled:
 
 
 def build_backbone(cfg: TrainConfig) -> Backbone:
-    """The base model without a head, and what images it wants."""
-    backbone = cfg.backbone.build(num_classes=0, seed=cfg.seed, image_size=cfg.data.image_size)
-    backbone.preprocessing = resolve_preprocessing(cfg.data, backbone.preprocessing)
+    """The base model without a head of the task's own, and what inputs it wants."""
+    backbone = cfg.backbone.build(
+        num_classes=0, seed=cfg.seed, image_size=getattr(cfg.data, "image_size", None), head=cfg.task.head
+    )
+    if backbone.preprocessing is not None:
+        backbone.preprocessing = resolve_preprocessing(cfg.data, backbone.preprocessing)
     return backbone
 
 
-def assemble(cfg: TrainConfig, backbone: Backbone, num_classes: int, *, fold: int = 0) -> Assembled:
+def encoder(cfg: TrainConfig, backbone: Backbone) -> Encoder:
+    """What turns the samples of the data into the backbone's inputs."""
+    if backbone.modality == "image":
+        assert backbone.preprocessing is not None
+        return ImageEncoder(backbone.preprocessing)
+    return cfg.task.encoder(cfg.data, backbone)
+
+
+def assemble(cfg: TrainConfig, backbone: Backbone, num_outputs: int, *, fold: int = 0) -> Assembled:
     """Give a base model a fresh head and attach the stack, both drawn from the fold's own seed."""
     base = adapter_io.fingerprint(backbone.model, backbone.head)
-    backbone.new_head(num_classes, derive(cfg.seed, "fold", fold))
+    if num_outputs:
+        backbone.new_head(num_outputs, derive(cfg.seed, "fold", fold))
     stack = Stack(dict(cfg.peft))
     stack.attach(backbone, derive(cfg.seed, "fold", fold))
+    images = backbone.preprocessing
     module = TuningModule(
         backbone,
         stack,
-        cfg.task.build(num_classes),
+        cfg.task.build(num_outputs),
         optim=cfg.optim,
-        prepare=Normalize(backbone.preprocessing.mean, backbone.preprocessing.std),
-        augment=Augment(cfg.data.augment, backbone.preprocessing) if cfg.data.augment else None,
+        prepare=Normalize(images.mean, images.std) if images else None,
+        augment=Augment(cfg.data.augment, images) if images and cfg.data.augment else None,
         seed=cfg.seed,
         fold=fold,
     )
@@ -72,7 +86,7 @@ def restore(cfg: TrainConfig, adapter: Path) -> tuple[Assembled, list[str]]:
     adapter_io.check_base(
         manifest["base_model"], adapter_io.fingerprint(backbone.model, backbone.head), f"the adapter {adapter}"
     )
-    built = assemble(cfg, backbone, len(class_names))
+    built = assemble(cfg, backbone, adapter_io.outputs(manifest, class_names))
     adapter_io.fill(adapter, built.backbone, built.stack)
     return built, class_names
 
@@ -93,18 +107,18 @@ def start_from(cfg: TrainConfig, built: Assembled) -> None:
 
 
 def check_forward(built: Assembled, part: Part) -> None:
-    """Send one or two images through the model, which must call every method of the stack.
+    """Send one or two samples through the model, which must call every method of the stack.
 
     Raises:
-        UserError: a method is not called, or the model cannot take images of this size.
+        UserError: a method is not called, or the model cannot take samples of this size.
     """
-    images = torch.from_numpy(part.fetch(range(min(2, len(part)))))
+    batch = part.batch(range(min(2, len(part))))
     try:
-        built.stack.probe(built.backbone, built.module.prepare(images))
+        built.stack.probe(built.backbone, built.module.prepared(batch))
     except (RuntimeError, AssertionError) as error:
-        height, width = images.shape[-2:]
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items() if name != "labels")
         reason = str(error).splitlines()[0]
-        raise UserError(f"{built.backbone.name} fails on images of {height} x {width} pixels: {reason}") from error
+        raise UserError(f"{built.backbone.name} fails on {shapes}: {reason}") from error
 
 
 def set_threads(cfg: TrainConfig) -> int:
@@ -169,8 +183,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 
 
+def describe_inputs(backbone: Backbone) -> str:
+    """One line, such as "images: 28 x 28 px, squash, bicubic, mean [0.5], std [0.5]"."""
+    if backbone.preprocessing is not None:
+        return f"images: {describe_preprocessing(backbone.preprocessing)}"
+    tokenizer = backbone.tokenizer
+    return f"text: {type(tokenizer).__name__}, {len(tokenizer):,} tokens"
+
+
 def describe_preprocessing(preprocessing: Preprocessing) -> str:
-    """One line, such as "28 x 28, squash, bicubic, mean (0.5,), std (0.5,)"."""
+    """Such as "28 x 28 px, squash, bicubic, mean [0.5], std [0.5]"."""
     height, width = preprocessing.image_size
     crop = f"crop {preprocessing.crop_pct:g}" if preprocessing.resize == "crop" else "squash"
     mean, std = ([round(value, 3) for value in values] for values in (preprocessing.mean, preprocessing.std))

@@ -12,7 +12,7 @@ from torch import Tensor
 from coeft.adapt import count_parameters
 from coeft.assemble import (
     Assembled,
-    describe_preprocessing,
+    describe_inputs,
     make_trainer,
     micro_batch_size,
     set_threads,
@@ -40,17 +40,14 @@ def dry_run(cfg: TrainConfig) -> None:
     out.print(f"backbone {backbone.name}: {len(backbone.blocks)} blocks, {len(backbone.sites)} attention sites")
     if backbone.refusal:
         out.print(f"attention methods: {backbone.refusal}", markup=False)
-    out.print(f"images {describe_preprocessing(backbone.preprocessing)}\n", markup=False)
+    out.print(f"{describe_inputs(backbone)}\n", markup=False)
     _print_stack(built, out)
     out.print(
         f"trainable {counts.trainable:,} (methods {counts.adapter:,}, head {counts.head:,}) "
         f"of {counts.total:,} parameters\n"
     )
     micro = micro_batch_size(cfg, make_trainer(cfg, Path.cwd()).num_devices)
-    batch = {
-        "pixel_values": torch.from_numpy(folds[0].train.fetch(range(min(2, len(folds[0].train))))),
-        "labels": torch.from_numpy(folds[0].train.labels[:2]),
-    }
+    batch = folds[0].train.batch(range(min(2, len(folds[0].train))))
     loss, per_sample = probe(built, batch)
     estimate = memory_estimate(built, per_sample, micro)
     free = psutil.virtual_memory().available
@@ -75,7 +72,7 @@ def probe(built: Assembled, batch: dict[str, Tensor]) -> tuple[float, int]:
     held = {p.untyped_storage().data_ptr() for p in built.module.parameters()}
     built.module.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = built.module.task.loss(built.module(batch["pixel_values"]), batch["labels"], training=True)
+        loss = built.module.task.loss(built.module(batch), batch, training=True)
     total = sum(size for pointer, size in saved.items() if pointer not in held)
     return float(loss.detach()), total // len(batch["labels"])
 
@@ -97,22 +94,22 @@ def _print_stack(built: Assembled, out: Any) -> None:
 
 
 def _print_data(summary: dict[str, Any], folds: list[Any], out: Any) -> None:
-    table = Table("split", "images", "classes", title="data")
+    table = Table("split", "samples", "classes", title="data")
     for split, counts in summary["splits"].items():
         if counts is None:
             continue
         classes = counts["classes"]
         shown = ", ".join(f"{name} {count}" for name, count in list(classes.items())[:20])
         more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
-        table.add_row(split, f"{counts['images']:,}", shown + more)
+        table.add_row(split, f"{counts['samples']:,}", shown + more)
     out.print(table)
     repeated = {where: count for where, count in summary["duplicates"].items() if count}
     out.print(
-        f"images that occur twice: {', '.join(f'{count} in {where}' for where, count in repeated.items()) or 'none'}"
+        f"samples that occur twice: {', '.join(f'{count} in {where}' for where, count in repeated.items()) or 'none'}"
     )
     for where in repeated:
         out.print(f"  {where}: {'; '.join(summary['duplicate_names'].get(where, []))}", markup=False)
-    out.print(f"unreadable files: {len(summary['unreadable'])}")
+    out.print(f"unreadable: {len(summary['unreadable'])}")
     for name in summary["unreadable"][:20]:
         out.print(f"  {name}", markup=False)
     for fold in folds:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from coeft.assemble import restore, set_threads
+from coeft.assemble import encoder, restore, set_threads
 from coeft.config import TrainConfig, apply_overrides
-from coeft.data._data import Data, Part, load_data
+from coeft.data._data import Data, load_data
 from coeft.data._folds import make_folds
+from coeft.data._part import Part
 from coeft.errors import UserError
 from coeft.run import Run, read_json
 from coeft.tables import console
@@ -47,7 +48,13 @@ def evaluate(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     for fold in run.folds or [0]:
         built, class_names = restore(run.config, run.adapter(fold if run.folds else None))
         if data is None:
-            data = load_data(cfg.data, seed=cfg.seed, preprocessing=built.backbone.preprocessing, group=cfg.cv.group)
+            data = load_data(
+                cfg.data,
+                seed=cfg.seed,
+                encoder=encoder(cfg, built.backbone),
+                target=cfg.task.target,
+                group=cfg.cv.group,
+            )
             parts = [] if other else make_folds(data, cfg.cv, cfg.seed)
         if other:
             test.append(measure(cfg, built, _matched(data, class_names))[0])
@@ -76,6 +83,8 @@ def _matched(data: Data, class_names: list[str]) -> Part:
             f"the data has classes the run was not trained on: {', '.join(unknown[:5])}; "
             f"it knows {', '.join(class_names[:20])}"
         )
+    if not class_names or part.labels.ndim > 1:
+        return part
     order = [class_names.index(name) for name in data.class_names]
     return replace(part, labels=torch.tensor(order).numpy()[part.labels])
 

@@ -1,16 +1,18 @@
 """The README.md of an adapter."""
 
-from pathlib import Path
 from typing import Any
 
 from coeft.adapt import ParameterCount
-from coeft.assemble import Assembled, describe_preprocessing
+from coeft.assemble import Assembled, describe_inputs
 from coeft.config import TrainConfig
+from coeft.data._data import NOUNS
 from coeft.run import versions
+
+LIBRARIES = {"timm": "timm", "hf": "transformers"}
 
 
 def model_card(
-    cfg: TrainConfig, built: Assembled, counts: ParameterCount, row: dict[str, Any], num_classes: int
+    cfg: TrainConfig, built: Assembled, counts: ParameterCount, row: dict[str, Any], class_names: list[str]
 ) -> str:
     """What the adapter is, what it was trained on, what it reached and how to load it."""
     backbone, stack = built.backbone, ", ".join(cfg.peft) or "none (the head alone)"
@@ -21,7 +23,14 @@ def model_card(
     )
     data = getattr(cfg.data, "name", None)
     reached = "no data to measure on" if row["value"] is None else f"{cfg.task.metric} {row['value']:.4f}"
-    on = f"{row['n_test']} test images" if row["n_test"] else f"{row['n_val']} validation images"
+    noun, inputs = NOUNS[backbone.modality], describe_inputs(backbone)
+    on = f"{row['n_test']} test {noun}" if row["n_test"] else f"{row['n_val']} validation {noun}"
+    classes = f", {len(class_names)} classes" if class_names else ""
+    order = (
+        "\nThe class names, in the order of the logits, stand in the metadata of `head.safetensors`."
+        if class_names
+        else ""
+    )
     stock = (
         "\nThe LoRA part alone loads in stock peft, without the other methods and the head:\n\n"
         '```python\nimport peft\n\nmodel = peft.PeftModel.from_pretrained(model, "this folder")\n```\n'
@@ -36,9 +45,9 @@ tags: [{", ".join(["coeft", "peft", *cfg.peft])}]
 
 # {backbone.name}, adapted by {stack}
 
-- Base model: timm `{backbone.name}`
-- Images: {describe_preprocessing(backbone.preprocessing)}
-- Data: {cfg.data.kind}{f" ({data})" if data else ""}, {num_classes} classes, {row["n_train"]} training images
+- Base model: {LIBRARIES[backbone.kind]} `{backbone.name}`
+- {inputs[0].upper()}{inputs[1:]}
+- Data: {cfg.data.kind}{f" ({data})" if data else ""}{classes}, {row["n_train"]} training {noun}
 - Trained: {counts.trainable:,} of {counts.total:,} parameters ({counts.head:,} of them the head)
 - Recipe: {cfg.recipe or "none"}, seed {cfg.seed}, fold {row["fold"]}, best epoch {row["best_epoch"]}
 - Reached: {reached} on {on}
@@ -49,28 +58,10 @@ tags: [{", ".join(["coeft", "peft", *cfg.peft])}]
 
 ```python
 import coeft
-import timm
-
-{_base_model(cfg)}
+{cfg.backbone.code(cfg.data.image_size)}
 model = coeft.load_adapter(model, "this folder")
 ```
-
-The class names, in the order of the logits, stand in the metadata of `head.safetensors`.
+{order}
 {stock}
 Written by coeft {versions().get("coeft", "")}.
 """
-
-
-def _base_model(cfg: TrainConfig) -> str:
-    """The lines that make the base model."""
-    settings = cfg.backbone
-    options = dict(settings.options)
-    if cfg.data.image_size is not None:
-        options["img_size"] = cfg.data.image_size
-    hub = settings.pretrained and settings.weights is None
-    arguments = [repr(settings.name), *(["pretrained=True"] if hub else [])]
-    arguments += [f"{name}={value!r}" for name, value in options.items()]
-    line = f"model = timm.create_model({', '.join(arguments)})"
-    if settings.pretrained and settings.weights is not None:
-        line += f"\n# then load its weights, {Path(settings.weights).name}, by model.load_state_dict(..., strict=False)"
-    return line

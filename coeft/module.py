@@ -1,5 +1,6 @@
 """The LightningModule: one model with its stack, one task, one optimizer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,7 @@ from coeft.backbones._backbone import Backbone
 from coeft.errors import UserError
 from coeft.optim._schedule import factor
 from coeft.seeding import reseed
-from coeft.tasks._classification import ClassificationTask, split_confusion
+from coeft.tasks._task import Task
 
 
 class TuningModule(L.LightningModule):
@@ -27,10 +28,10 @@ class TuningModule(L.LightningModule):
         self,
         backbone: Backbone,
         stack: Stack,
-        task: ClassificationTask,
+        task: Task,
         *,
         optim: Any = None,
-        prepare: nn.Module,
+        prepare: nn.Module | None = None,
         augment: nn.Module | None = None,
         seed: int = 0,
         fold: int = 0,
@@ -42,28 +43,34 @@ class TuningModule(L.LightningModule):
         self.backbone, self.stack, self.task, self.optim = backbone, stack, task, optim
         self.seed, self.fold = seed, fold
         self.val_metrics, self.test_metrics = task.metrics(), task.metrics()
-        self.val_loss_sum = self.test_loss_sum = 0.0
-        self.confusion: Tensor | None = None
+        self.extras: dict[str, Any] = {}
+        """What the task has beyond numbers of the last test."""
         self.samples_seen = 0
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) to logits (B, num_classes)."""
-        return self.model(self.prepare(pixel_values))
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """A batch of the data to logits (B, num_outputs), or of a language model (B, T, vocabulary)."""
+        return self.backbone.forward(self.prepared(batch))
+
+    def prepared(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch without its labels as the backbone takes it: uint8 images are normalised."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self.prepare is not None:
+            inputs["pixel_values"] = self.prepare(inputs["pixel_values"])
+        return inputs
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         reseed(self.seed, "step", self.fold, self.current_epoch, batch_idx)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        images = batch["pixel_values"]
         if self.augment is not None:
-            images = self.augment(images)
-        loss = self.task.loss(self(images), batch["labels"], training=True)
+            batch = {**batch, "pixel_values": self.augment(batch["pixel_values"])}
+        loss = self.task.loss(self(batch), batch, training=True)
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss is {float(loss.detach())} at epoch {self.current_epoch}, step {self.global_step}: "
                 f"lower optim.lr ({self.optim.lr:g}) or the learning rates of the methods, or set trainer.clip_norm"
             )
-        self.samples_seen += len(images)
+        self.samples_seen += len(batch["labels"])
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -71,30 +78,30 @@ class TuningModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits = self(batch["pixel_values"])
-        self.val_metrics.update(logits, batch["labels"])
-        loss = self.task.loss(logits, batch["labels"], training=False)
-        self.log("val/loss", loss, batch_size=len(logits), on_epoch=True, prog_bar=True, sync_dist=True)
+        logits = self(batch)
+        self.task.update(self.val_metrics, logits, batch)
+        loss = self.task.loss(logits, batch, training=False)
+        self.log("val/loss", loss, batch_size=self.task.weight(batch), on_epoch=True, prog_bar=True, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        scalars, _ = split_confusion(self.val_metrics.compute())
+        scalars, _ = self.task.compute(self.val_metrics)
         self.val_metrics.reset()
         for name, value in scalars.items():
             self.log(f"val/{name}", value, prog_bar=name == self.task.metric)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits = self(batch["pixel_values"])
-        self.test_metrics.update(logits, batch["labels"])
-        loss = self.task.loss(logits, batch["labels"], training=False)
-        self.log("loss", loss, batch_size=len(logits), on_epoch=True, sync_dist=True)
+        logits = self(batch)
+        self.task.update(self.test_metrics, logits, batch)
+        loss = self.task.loss(logits, batch, training=False)
+        self.log("loss", loss, batch_size=self.task.weight(batch), on_epoch=True, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
-        scalars, self.confusion = split_confusion(self.test_metrics.compute())
+        scalars, self.extras = self.task.compute(self.test_metrics)
         self.test_metrics.reset()
         self.log_dict(scalars)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self(batch["pixel_values"])
+        return self(batch)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optim.build(self.parameter_groups())

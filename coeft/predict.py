@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coeft.assemble import make_trainer, restore, set_threads
-from coeft.data._data import Part, load_inputs
+from coeft.assemble import encoder, make_trainer, restore, set_threads
+from coeft.data._data import load_inputs
+from coeft.data._images import image_inputs
 from coeft.data._module import FoldData
+from coeft.data._part import Part
 from coeft.errors import UserError
 from coeft.run import Run
-from coeft.tasks._classification import probabilities
 
 
 def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) -> None:
@@ -43,18 +44,16 @@ def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) ->
     for adapter in adapters:
         built, class_names = restore(run.config, adapter)
         if part is None:
-            part = load_inputs(names, built.backbone.preprocessing, run.config.data.on_error)
+            part = load_inputs(image_inputs(names), encoder(run.config, built.backbone), run.config.data.on_error)
         loader = FoldData.evaluation_loader(part, batch_size=run.config.data.batch_size, num_workers=0)
         logits = make_trainer(run.config, Path.cwd()).predict(built.module, dataloaders=loader)
         assert logits is not None
-        shares.append(probabilities(torch.cat([batch.cpu() for batch in logits])))  # type: ignore[union-attr]
+        task = built.module.task
+        shares.append(task.scores(torch.cat([batch.cpu() for batch in logits])))  # type: ignore[union-attr]
     assert part is not None
-    mean = torch.stack(shares).mean(0)
-    rows = [
-        [name, class_names[int(row.argmax())], *(f"{float(share):.6g}" for share in row)]
-        for name, row in zip(part.names, mean, strict=True)
-    ]
-    header = ["input", "prediction", *class_names]
+    columns, cells = task.table(torch.stack(shares).mean(0), class_names)
+    rows = [[name, *row] for name, row in zip(part.names, cells, strict=True)]
+    header = ["input", *columns]
     if out is None:
         csv.writer(sys.stdout).writerows([header, *rows])
         return

@@ -28,7 +28,8 @@ from coeft.assemble import (
     assemble,
     build_backbone,
     check_forward,
-    describe_preprocessing,
+    describe_inputs,
+    encoder,
     make_trainer,
     micro_batch_size,
     set_threads,
@@ -36,9 +37,10 @@ from coeft.assemble import (
 )
 from coeft.backbones._backbone import Backbone
 from coeft.config import TrainConfig, load_config, to_yaml
-from coeft.data._data import Data, Part, load_data
+from coeft.data._data import NOUNS, Data, load_data
 from coeft.data._folds import Fold, make_folds, refit_fold
 from coeft.data._module import FoldData
+from coeft.data._part import Part
 from coeft.errors import UserError
 from coeft.loggers._metrics_csv import MetricsCSV, cut
 from coeft.model_card import model_card
@@ -53,7 +55,7 @@ from coeft.run import (
     write_json,
 )
 from coeft.tables import print_folds
-from coeft.tasks._classification import per_class_accuracy
+from coeft.tasks._task import Task
 
 log = logging.getLogger("coeft")
 
@@ -90,8 +92,8 @@ class Outcome:
     samples_seen: int
     heldout: dict[str, Any] | None
     """All metrics on the held-out fold."""
-    confusion: list[list[int]] | None
-    """Counts by true and predicted class, on what the fold's value was measured."""
+    extras: dict[str, Any] | None
+    """What the task has beyond numbers, such as the confusion matrix, on what the fold's value was measured."""
     validation: float | None = None
     """task.metric on the inner validation part at the picked epoch; None without such a part."""
 
@@ -165,10 +167,13 @@ def prepare(cfg: TrainConfig) -> Prepared:
     backbone = build_backbone(cfg)
     with decoding(show=cfg.trainer.progress and sys.stderr.isatty()) as progress:
         data = load_data(
-            cfg.data, seed=cfg.seed, preprocessing=backbone.preprocessing, group=cfg.cv.group, progress=progress
+            cfg.data,
+            seed=cfg.seed,
+            encoder=encoder(cfg, backbone),
+            target=cfg.task.target,
+            group=cfg.cv.group,
+            progress=progress,
         )
-    if len(data.class_names) < 2:
-        raise UserError(f"the data has {len(data.class_names)} class; classification needs two or more")
     folds = make_folds(data, cfg.cv, cfg.seed)
     if cfg.cv.folds > 1 and cfg.cv.refit:
         folds.append(refit_fold(data, cfg.cv, cfg.seed))
@@ -180,7 +185,7 @@ def prepare(cfg: TrainConfig) -> Prepared:
 
 
 def _assemble_fold(cfg: TrainConfig, backbone: Backbone, data: Data, fold: Fold) -> Assembled:
-    built = assemble(cfg, backbone, len(data.class_names), fold=fold.index)
+    built = assemble(cfg, backbone, cfg.task.outputs(data.class_names), fold=fold.index)
     if cfg.init_from is not None:
         start_from(cfg, built)
     check_forward(built, fold.train)
@@ -189,7 +194,7 @@ def _assemble_fold(cfg: TrainConfig, backbone: Backbone, data: Data, fold: Fold)
 
 @contextmanager
 def decoding(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A function to report decoded images to, and a bar for each part of the data that takes a while."""
+    """A function to report encoded samples to, and a bar for each part of the data that takes a while."""
     if not show:
         yield lambda part, done, total: None
         return
@@ -198,7 +203,7 @@ def decoding(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
 
         def report(part: str, done: int, total: int) -> None:
             if part not in tasks:
-                tasks[part] = bars.add_task(f"decoding {part}", total=total)
+                tasks[part] = bars.add_task(f"reading {part}", total=total)
             bars.update(tasks[part], completed=done)
 
         yield report
@@ -215,7 +220,7 @@ def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: flo
     try:
         stack = " + ".join(cfg.peft) or "head only"
         log.info("%s, %s, data %s", prepared.first.backbone.name, stack, cfg.data.kind)
-        log.info("images: %s", describe_preprocessing(prepared.first.backbone.preprocessing))
+        log.info("%s", describe_inputs(prepared.first.backbone))
         outcomes = []
         for fold in folds:
             folder = fold_dir(run_dir, cfg, fold)
@@ -225,7 +230,8 @@ def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: flo
             first = fold is folds[0]
             built = prepared.first if first else _assemble_fold(cfg, build_backbone(cfg), data, fold)
             outcomes.append(_fit_fold(cfg, run_dir, folder, fold, built, data, watch))
-        write_json(run_dir / "results.json", _results(cfg, run_dir, outcomes, data.class_names, started))
+        task = prepared.first.module.task
+        write_json(run_dir / "results.json", _results(cfg, run_dir, outcomes, task, data.class_names, started))
         if watch is None:
             print_folds(read_json(run_dir / "results.json"), file=sys.stderr)
         return run_dir
@@ -257,9 +263,10 @@ def _fit_fold(
 ) -> Outcome:
     counts = count_parameters(built.backbone, built.stack)
     name = "all data" if is_refit(cfg, fold) else f"fold {fold.index + 1}/{cfg.cv.folds}" if cfg.cv.folds > 1 else "run"
+    noun = NOUNS[built.backbone.modality]
     log.info(
-        "%s: %d training, %d validation images; %s of %s parameters trained",
-        name, len(fold.train), len(fold.val or []), f"{counts.trainable:,}", f"{counts.total:,}",
+        "%s: %d training, %d validation %s; %s of %s parameters trained",
+        name, len(fold.train), len(fold.val or []), noun, f"{counts.trainable:,}", f"{counts.total:,}",
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
     begun = time.monotonic()
@@ -269,7 +276,7 @@ def _fit_fold(
     if fold.heldout is None and fold.test is None:
         parts["val"] = fold.val  # nothing else to report on; the table says so
     scores = {name: measure(cfg, built, part) for name, part in parts.items() if part is not None}
-    measured, confusion = next(iter(scores.values()), (None, None))
+    measured, extras = next(iter(scores.values()), (None, None))
     heldout, test = (scores[name][0] if name in scores else None for name in ("heldout", "test"))
     held = fold.heldout if fold.heldout is not None else fold.test
     row = {
@@ -282,15 +289,16 @@ def _fit_fold(
     }
     (folder / "plots").mkdir(exist_ok=True)
     plots.coefficients(built.stack, folder / "plots" / "coefficients.png")
-    if confusion is not None and folder != run_dir:
-        plots.confusion(confusion, data.class_names, folder / "plots" / "confusion.png")
+    if extras and folder != run_dir:
+        built.module.task.plot(extras, data.class_names, folder / "plots")
     adapter_io.save_adapter(
         folder / "adapter",
         built.backbone,
         built.stack,
         base=built.base,
+        num_outputs=built.module.task.num_outputs,
         class_names=data.class_names,
-        card=model_card(cfg, built, counts, row, len(data.class_names)),
+        card=model_card(cfg, built, counts, row, data.class_names),
     )
     outcome = Outcome(
         row=row,
@@ -299,7 +307,7 @@ def _fit_fold(
         fit_s=fit_s,
         samples_seen=built.module.samples_seen,
         heldout=heldout,
-        confusion=None if confusion is None else confusion.tolist(),
+        extras=extras,
         validation=validation,
     )
     if row["value"] is not None:
@@ -329,8 +337,7 @@ def _fit(
     bar = cfg.trainer.progress and sys.stderr.isatty()
     if bar:
         callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
-    scalars = sorted(str(name) for name in task.metrics() if name != "confusion")
-    loggers = [MetricsCSV(run_dir / "metrics.csv", fold=fold.index, metrics=scalars)]
+    loggers = [MetricsCSV(run_dir / "metrics.csv", fold=fold.index, metrics=task.scalars())]
     place = run_dir.name if folder == run_dir else f"{run_dir.name}/{folder.name}"
     loggers += cfg.logger.build(run_dir, name=place, config=yaml.safe_load(to_yaml(cfg)))
     trainer = make_trainer(
@@ -384,16 +391,15 @@ def interruptible(run_dir: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def measure(cfg: TrainConfig, built: Assembled, part: Part) -> tuple[dict[str, Any], torch.Tensor]:
-    """All metrics of a model on labelled images, per_class_accuracy among them, and the confusion matrix."""
+def measure(cfg: TrainConfig, built: Assembled, part: Part) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All metrics of a model on labelled samples, per_class_accuracy and such among them, and what Task.plot takes."""
     trainer = make_trainer(cfg, Path.cwd())
     loader = FoldData.evaluation_loader(part, batch_size=cfg.data.batch_size, num_workers=cfg.data.num_workers)
     [scalars] = trainer.test(built.module, dataloaders=loader, verbose=False)
-    confusion = built.module.confusion
-    assert confusion is not None
+    extras = built.module.extras
     # torchmetrics computes in float32, which holds 7 digits
     metrics: dict[str, Any] = {name: round(float(value), 7) for name, value in sorted(scalars.items())}
-    return metrics | {"per_class_accuracy": per_class_accuracy(confusion)}, confusion
+    return metrics | built.module.task.detail(extras), extras
 
 
 class BestEpoch(ModelCheckpoint):
@@ -440,7 +446,7 @@ class EpochLog(L.Callback):
             if name in logged and f"{name} " not in "".join(parts):
                 parts.append(f"{name} {float(logged[name]):.4f}")
         rate = (module.samples_seen - self.seen) / max(1e-9, time.monotonic() - self.begun)  # type: ignore[operator]
-        log.info("%s, %.0f images/s", ", ".join(parts), rate)
+        log.info("%s, %.0f samples/s", ", ".join(parts), rate)
 
 
 class Watcher(L.Callback):
@@ -455,7 +461,7 @@ class Watcher(L.Callback):
 
 
 def _results(
-    cfg: TrainConfig, run_dir: Path, outcomes: list[Outcome], class_names: list[str], started: float
+    cfg: TrainConfig, run_dir: Path, outcomes: list[Outcome], task: Task, class_names: list[str], started: float
 ) -> dict[str, Any]:
     """The content of results.json, and the pictures over all folds."""
     scored = outcomes[: cfg.cv.folds] if cfg.cv.folds > 1 else outcomes
@@ -464,11 +470,11 @@ def _results(
     validation = [outcome.validation for outcome in scored if outcome.validation is not None]
     tests = [outcome.test for outcome in scored if outcome.test is not None]
     heldout = [outcome.heldout for outcome in scored if outcome.heldout is not None]
-    confusions = [torch.tensor(outcome.confusion) for outcome in scored if outcome.confusion is not None]
+    extras = [outcome.extras for outcome in scored if outcome.extras]
     (run_dir / "plots").mkdir(exist_ok=True)
     plots.curves(run_dir / "metrics.csv", cfg.task.metric, run_dir / "plots" / "curves.png")
-    if confusions:
-        plots.confusion(torch.stack(confusions).sum(0), class_names, run_dir / "plots" / "confusion.png")
+    if extras:
+        task.plot(task.joined(extras), class_names, run_dir / "plots")
     seconds = sum(outcome.fit_s for outcome in outcomes)
     return {
         "recipe": cfg.recipe,

@@ -1,8 +1,11 @@
 """What the rest of coeft knows about a model: facts, not how it was built."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from coeft.attention.site import AttentionSite
 from coeft.seeding import reseed
@@ -32,9 +35,14 @@ class Backbone:
     name: str
     """Such as vit_base_patch16_224."""
     kind: str
-    """The config's backbone kind: timm."""
+    """The config's backbone kind: timm or hf."""
     model: nn.Module
-    preprocessing: Preprocessing
+    modality: str = "image"
+    """What the model takes: image or text."""
+    preprocessing: Preprocessing | None = None
+    """Of images."""
+    tokenizer: Any = None
+    """Of text: a PreTrainedTokenizerBase."""
     sites: list[AttentionSite] = field(default_factory=list)
     """Attention layers that can be mixed, in the order of the forward."""
     refusal: str | None = None
@@ -42,14 +50,33 @@ class Backbone:
     blocks: list[str] = field(default_factory=list)
     """Names of the transformer blocks, in order; `layers` of weight methods counts these."""
     head: str = "head"
-    """Module name of the classifier."""
+    """Module name of the task head; "" where there is none, as in a causal language model."""
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits of prepared inputs: images under `pixel_values`, normalised, or tokens under `input_ids` and others.
+
+        Keys that the model does not take, such as `labels`, are left alone. (B, num_outputs), or of a causal language
+        model (B, T, vocabulary).
+        """
+        logits: Tensor = self.model(batch["pixel_values"])
+        return logits
+
+    def example(self) -> dict[str, Tensor]:
+        """A batch of one blank sample, before normalisation: an image, or 128 tokens."""
+        if self.preprocessing is None:
+            tokens = torch.zeros(1, 128, dtype=torch.int64)
+            return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        channels = len(self.preprocessing.mean)
+        return {"pixel_values": torch.zeros(1, channels, *self.preprocessing.image_size, dtype=torch.uint8)}
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """Full name -> parameter of the task head."""
+        """Full name -> parameter of the task head; nothing where there is none."""
+        if not self.head:
+            return {}
         module = self.model.get_submodule(self.head)
         return {f"{self.head}.{name}": parameter for name, parameter in module.named_parameters()}
 
-    def new_head(self, num_classes: int, seed: int) -> None:
-        """Replace the classifier by a fresh one, drawn from the seed as the model's own code draws it."""
+    def new_head(self, num_outputs: int, seed: int) -> None:
+        """Replace the task head by a fresh one, drawn from the seed as the model's own code draws it."""
         reseed(seed, "head")
-        self.model.reset_classifier(num_classes)  # type: ignore[operator]
+        self.model.reset_classifier(num_outputs)  # type: ignore[operator]

@@ -1,16 +1,16 @@
 """The facts of transformers models that are already built."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coeft.attention.hf import find_sites
 from coeft.attention.site import AttentionSite
-from coeft.backbones._backbone import Backbone, Preprocessing
+from coeft.backbones._backbone import Backbone
 from coeft.errors import UserError
 from coeft.seeding import reseed
 
@@ -18,32 +18,28 @@ from coeft.seeding import reseed
 HEADS = ("classifier", "score", "classification_head")
 
 
-def _of_tokens() -> Preprocessing:
-    """What a model that sees no images asks of them: nothing."""
-    return Preprocessing(image_size=(0, 0), mean=(), std=(), interpolation="none", crop_pct=1.0)
-
-
 @dataclass(kw_only=True)
 class HFBackbone(Backbone):
     """A transformers model. `head` is "" where it has no classifier, as a causal language model has none."""
 
     kind: str = "hf"
-    preprocessing: Preprocessing = field(default_factory=_of_tokens)
 
-    def head_parameters(self) -> dict[str, nn.Parameter]:
-        """Full name -> parameter of the classifier; nothing where there is none."""
-        return super().head_parameters() if self.head else {}
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits, see Backbone.forward."""
+        output = self.model(**batch)
+        logits: Tensor = output["logits"] if "logits" in output else output[0]
+        return logits
 
-    def new_head(self, num_classes: int, seed: int) -> None:
+    def new_head(self, num_outputs: int, seed: int) -> None:
         """Draw the classifier anew, as the model's own code draws it.
 
         Raises:
             UserError: the model has no classifier, or one for another number of classes.
         """
         model = cast(Any, self.model)
-        if not self.head or model.config.num_labels != num_classes:
+        if not self.head or model.config.num_labels != num_outputs:
             has = f"a classifier for {model.config.num_labels} classes" if self.head else "no classifier"
-            raise UserError(f"{self.name} has {has}, not for {num_classes}: load it with num_labels={num_classes}")
+            raise UserError(f"{self.name} has {has}, not for {num_outputs}: load it with num_labels={num_outputs}")
         reseed(seed, "head")
         for module in model.get_submodule(self.head).modules():
             module._is_hf_initialized = False
@@ -68,6 +64,7 @@ def describe(model: nn.Module, *, name: str | None = None, inputs: Mapping[str, 
     return HFBackbone(
         name=name or model.config._name_or_path or type(model).__name__,
         model=model,
+        modality="image" if model.main_input_name == "pixel_values" else "text",
         sites=sites,
         refusal=refusal,
         blocks=block_names(model, sites),

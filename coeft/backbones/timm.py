@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
@@ -42,7 +43,12 @@ class Timm:
             raise UserError(f"backbone.options: {', '.join(reserved)} cannot be set here; the config does")
 
     def build(
-        self, num_classes: int, seed: int, image_size: int | tuple[int, int] | list[int] | None = None
+        self,
+        num_classes: int,
+        seed: int,
+        image_size: int | tuple[int, int] | list[int] | None = None,
+        *,
+        head: str = "classifier",
     ) -> Backbone:
         """The model with its weights and a fresh classifier, and its facts.
 
@@ -53,11 +59,28 @@ class Timm:
             seed: of the random weights and of the classifier.
             image_size: pixels, one number or (height, width); null is the model's own. Position embeddings of the
                 weights are resampled by timm.
+            head: classifier; timm has no language models.
 
         Raises:
             UserError: timm has no such model, weights or option; the file does not fit; the model cannot take the
-                image size; there is neither a cached copy nor a network.
+                image size; there is neither a cached copy nor a network; a language model was asked for.
         """
+        if head != "classifier":
+            raise UserError("task: timm has no language models; take a backbone of kind hf, such as smollm2_135m")
         from coeft.backbones._timm import build
 
         return build(self, num_classes, seed, image_size)
+
+    def code(self, image_size: int | None) -> str:
+        """The lines of Python that make this base model with timm alone, for a model card."""
+        options = dict(self.options)
+        if image_size is not None:
+            options["img_size"] = image_size
+        hub = self.pretrained and self.weights is None
+        arguments = [repr(self.name), *(["pretrained=True"] if hub else [])]
+        arguments += [f"{name}={value!r}" for name, value in options.items()]
+        lines = f"import timm\n\nmodel = timm.create_model({', '.join(arguments)})"
+        if self.pretrained and self.weights is not None:
+            file = Path(self.weights).name
+            lines += f"\n# then load its weights, {file}, by model.load_state_dict(..., strict=False)"
+        return lines

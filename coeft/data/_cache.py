@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 import PIL
+import torch
 
 from coeft.backbones._backbone import Preprocessing
 from coeft.data._decode import pixels, strict_pillow
+from coeft.data._part import Batch, Encoded, Progress
 from coeft.data._source import Split, default_threads, over_threads
 from coeft.errors import UserError
 
@@ -34,8 +36,6 @@ FORMAT = 1  # raised when decoding changes, so that old entries are not found
 IN_MEMORY = 32 << 20  # bytes; arrays (not files) that stay below it are not worth a file
 CHECKED = 2 << 30  # bytes of an entry whose check sums are compared when it is opened
 LISTED_ERRORS = 10  # unreadable images that one error message names
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -51,6 +51,10 @@ class MappedPixels:
         if self._map is None:
             self._map = np.load(self.path, mmap_mode="r", allow_pickle=False)
         return self._map[rows]
+
+    def batch(self, fetched: np.ndarray) -> Batch:
+        """pixel_values, uint8 (B, C, H, W)."""
+        return {"pixel_values": torch.from_numpy(fetched)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "shape": self.shape, "_map": None}
@@ -69,6 +73,10 @@ class HeldPixels:
     def fetch(self, rows: np.ndarray) -> np.ndarray:
         """A copy of these images, uint8 (len(rows), C, H, W)."""
         return self.array[rows]
+
+    def batch(self, fetched: np.ndarray) -> Batch:
+        """pixel_values, uint8 (B, C, H, W)."""
+        return {"pixel_values": torch.from_numpy(fetched)}
 
 
 Pixels = MappedPixels | HeldPixels
@@ -113,17 +121,6 @@ def _count(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-@dataclass(kw_only=True)
-class Decoded:
-    """The pixels of a split."""
-
-    pixels: Pixels
-    good: np.ndarray
-    """int64: positions of the readable images; row i of the pixels belongs to position i."""
-    bad: dict[int, str]
-    """Position -> why the image cannot be read."""
-
-
 def decode(
     split: Split,
     preprocessing: Preprocessing,
@@ -133,7 +130,7 @@ def decode(
     threads: int = 0,
     keep: bool = True,
     progress: Progress = lambda done, total: None,
-) -> Decoded:
+) -> Encoded:
     """Pixels of a split from the cache, or decoded and, if `keep`, put there.
 
     Args:
@@ -167,9 +164,9 @@ def decode(
     return _decoded(found[0], bad)
 
 
-def _decoded(store: Pixels, bad: dict[int, str]) -> Decoded:
+def _decoded(store: Pixels, bad: dict[int, str]) -> Encoded:
     good = np.setdiff1d(np.arange(store.shape[0], dtype=np.int64), np.array(sorted(bad), np.int64))
-    return Decoded(pixels=store, good=good, bad=bad)
+    return Encoded(store=store, good=good, bad=bad)
 
 
 def _key(split: Split, preprocessing: Preprocessing) -> str:

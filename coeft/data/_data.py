@@ -1,18 +1,14 @@
-"""From a source to parts ready for training: splits chosen, subsets drawn, pixels decoded once."""
+"""From a source to parts ready for training: splits chosen, subsets drawn, samples encoded once."""
 
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from coeft.backbones._backbone import Preprocessing
-from coeft.data._cache import Pixels, decode
-from coeft.data._folders import images_below
+from coeft.data._part import Encoded, Encoder, Part, strata
 from coeft.data._settings import ImageData
 from coeft.data._source import Source, Split, fingerprint
 from coeft.errors import UserError
@@ -21,79 +17,7 @@ from coeft.seeding import derive
 log = logging.getLogger(__name__)
 
 EXAMPLES = 5  # names that a message lists
-
-
-@dataclass(kw_only=True)
-class Part:
-    """Decoded images with their labels; a subset shares the pixels of what it was taken from."""
-
-    stores: list[Pixels]
-    """Where the pixels are: in memory, or memory-mapped."""
-    rows: np.ndarray
-    """int64 (N, 2): store and row of each image."""
-    labels: np.ndarray
-    """int64 (N,); -1 where unknown."""
-    names: np.ndarray
-    """(N,) of str."""
-    groups: np.ndarray | None = None
-    """(N,) of str, values of the group column."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        _, channels, height, width = self.stores[0].shape
-        return channels, height, width
-
-    @property
-    def images(self) -> np.ndarray:
-        """All pixels in memory, uint8 (N, C, H, W); `fetch` reads only some."""
-        return self.fetch(np.arange(len(self)))
-
-    def fetch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """A copy of the pixels at these positions, uint8 (len(indices), C, H, W)."""
-        rows = self.rows[np.asarray(indices, dtype=np.int64)]
-        if len(self.stores) == 1:
-            return self.stores[0].fetch(rows[:, 1])
-        images = np.empty((len(rows), *self.image_shape), np.uint8)
-        for number, store in enumerate(self.stores):
-            here = rows[:, 0] == number
-            images[here] = store.fetch(rows[here, 1])
-        return images
-
-    def subset(self, indices: Sequence[int] | np.ndarray) -> "Part":
-        """The images at these positions, in this order; no pixel is copied."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        return Part(
-            stores=self.stores,
-            rows=self.rows[chosen],
-            labels=self.labels[chosen],
-            names=self.names[chosen],
-            groups=None if self.groups is None else self.groups[chosen],
-        )
-
-    @staticmethod
-    def joined(parts: Sequence["Part"]) -> "Part":
-        """All images of several parts, one part after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        rows: list[np.ndarray] = []
-        stores: list[Pixels] = []
-        for part in parts:
-            shifted = part.rows.copy()
-            shifted[:, 0] += len(stores)
-            rows.append(shifted)
-            stores += part.stores
-        groups = [part.groups for part in parts if part.groups is not None]
-        return Part(
-            stores=stores,
-            rows=np.concatenate(rows),
-            labels=np.concatenate([part.labels for part in parts]),
-            names=np.concatenate([part.names for part in parts]),
-            groups=np.concatenate(groups) if len(groups) == len(parts) else None,
-        )
+NOUNS = {"image": "images", "text": "rows"}
 
 
 @dataclass(kw_only=True)
@@ -105,29 +29,28 @@ class Data:
     test: Part | None
     class_names: list[str]
     fingerprint: str
-    """Hash of the images that are used, with labels and class names; the same on any machine."""
+    """Hash of the samples that are used, with labels and class names; the same on any machine."""
     skipped: list[str] = field(default_factory=list)
-    """Unreadable images that were left out: name and reason."""
+    """Samples that cannot be used and were left out: name and reason."""
     warnings: list[str] = field(default_factory=list)
     digests: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    """Part -> uint8 (N, 16), a hash of each image's contents."""
+    """Part -> uint8 (N, 16), a hash of each sample's contents."""
 
     @property
     def parts(self) -> dict[str, Part | None]:
-        """train, val, test -> images or None."""
+        """train, val, test -> samples or None."""
         return {"train": self.train, "val": self.val, "test": self.test}
 
     def summary(self) -> dict[str, Any]:
         """What a dry run prints, ready for JSON.
 
-        {"splits": {part: {"images", "classes": {name: count}, "groups"} or null}, "image_shape": [C, H, W],
-        "duplicates": {"train": n, "train/test": n, ...}: images whose contents occur before in the same part, or also
+        {"splits": {part: {"samples", "classes": {name: count}, "groups"} or null},
+        "duplicates": {"train": n, "train/test": n, ...}: samples whose contents occur before in the same part, or also
         in the other one; "duplicate_names": the first of them; "unreadable": [...], "warnings": [...], "fingerprint"}
         """
         counts, names = duplicates(self)
         return {
             "splits": {key: None if part is None else self._counts(part) for key, part in self.parts.items()},
-            "image_shape": list(self.train.image_shape),
             "duplicates": counts,
             "duplicate_names": names,
             "unreadable": list(self.skipped),
@@ -136,16 +59,17 @@ class Data:
         }
 
     def _counts(self, part: Part) -> dict[str, Any]:
-        totals = np.bincount(part.labels, minlength=len(self.class_names))
+        classes, count = strata(part.labels, self.class_names)
+        totals = np.bincount(classes, minlength=count)
         return {
-            "images": len(part),
-            "classes": {name: int(count) for name, count in zip(self.class_names, totals, strict=True)},
+            "samples": len(part),
+            "classes": {name: int(total) for name, total in zip(self.class_names, totals, strict=False)},
             "groups": None if part.groups is None else len(set(part.groups)),
         }
 
 
 def duplicates(data: Data) -> tuple[dict[str, int], dict[str, list[str]]]:
-    """Counts of images with equal contents, within each part and between two parts, and some of their names."""
+    """Counts of samples with equal contents, within each part and between two parts, and some of their names."""
     where: dict[str, dict[bytes, list[int]]] = {}
     counts: dict[str, int] = {}
     names: dict[str, list[str]] = {}
@@ -176,88 +100,97 @@ def duplicates(data: Data) -> tuple[dict[str, int], dict[str, list[str]]]:
     return counts, names
 
 
-def resolve_preprocessing(settings: ImageData, backbone: Preprocessing) -> Preprocessing:
-    """The backbone's preprocessing with what `data.*` sets in its place.
-
-    Raises:
-        UserError: the number of means or standard deviations is not that of the backbone's channels.
-    """
-    changes: dict[str, Any] = {}
-    if settings.image_size is not None:
-        changes["image_size"] = (settings.image_size, settings.image_size)
-    for key in ("mean", "std"):
-        values = getattr(settings, key)
-        if values is None:
-            continue
-        if len(values) != len(backbone.mean):
-            raise UserError(
-                f"data.{key} has {len(values)} values, but the backbone takes {len(backbone.mean)} channels: "
-                f"give {len(backbone.mean)} values, or null"
-            )
-        changes[key] = tuple(float(value) for value in values)
-    for key in ("interpolation", "crop_pct", "resize"):
-        if getattr(settings, key) is not None:
-            changes[key] = getattr(settings, key)
-    return replace(backbone, **changes)
-
-
 def load_data(
     settings: ImageData,
     *,
     seed: int,
-    preprocessing: Preprocessing,
+    encoder: Encoder,
+    target: str = "class",
     group: str | None = None,
     progress: Callable[[str, int, int], None] = lambda part, done, total: None,
 ) -> Data:
-    """The parts of a run, drawn, decoded and resized.
+    """The parts of a run, drawn and encoded.
 
     Args:
         settings: one of the data kinds.
         seed: of the subsets that n_train, n_val, n_test and fraction ask for.
-        preprocessing: as `resolve_preprocessing` gives it.
+        encoder: what the backbone takes.
+        target: what the task learns: class, classes, number, text or choice.
         group: column whose values the parts' `groups` hold; null is none.
-        progress: called with the part and its images done and in all while decoding.
+        progress: called with the part and its samples done and in all while encoding.
 
     Raises:
-        UserError: the data is missing or broken, or has fewer images than asked for.
+        UserError: the data is missing or broken, does not fit the backbone or the task, or has fewer samples than
+            asked for.
     """
-    source = settings.load(seed, group)
+    check_fit(settings, encoder.modality, target)
+    source = settings.load(seed, group, modality=encoder.modality, target=target)
     splits, warnings = draw(settings, source, seed)
-    parts: dict[str, Part | None] = {}
-    used: dict[str, Split | None] = {}
-    skipped: list[str] = []
+    encoded: dict[str, Encoded] = {}
     problems: list[str] = []
     for key, split in splits.items():
-        parts[key] = used[key] = None
         if split is None:
             continue
         try:
-            decoded = decode(
+            encoded[key] = encoder.encode(
                 split,
-                preprocessing,
-                made_from=f"{settings.kind}, {key}, {preprocessing.image_size[0]}x{preprocessing.image_size[1]}",
+                made_from=f"{settings.kind}, {key}",
                 on_error=settings.on_error,
                 threads=settings.num_workers,
+                keep=True,
                 progress=lambda done, total, key=key: progress(key, done, total),  # type: ignore[misc]
             )
         except UserError as error:  # the other splits may have mistakes too
             problems.append(str(error))
-            continue
-        skipped += [f"{split.names[row]}: {reason}" for row, reason in decoded.bad.items()]
-        kept = _without(split, decoded.good)
-        if not len(kept):
-            raise UserError(f"no image of the {key} split can be read; the first: {skipped[-len(split)]}")
-        parts[key], used[key] = _part(kept, decoded.pixels, decoded.good), kept
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
+    return _data(source, splits, encoded, warnings, NOUNS[encoder.modality])
+
+
+def check_fit(settings: ImageData, modality: str, target: str) -> None:
+    """Refuse data that has not what the backbone takes or the task learns.
+
+    Raises:
+        UserError: says what the data has.
+    """
+    if modality not in settings.modalities:
+        has = " or ".join(settings.modalities)
+        raise UserError(
+            f"data={settings.kind} has {has}s, but the backbone takes {modality}: choose another of the two"
+        )
+    if target not in settings.targets:
+        has = " or ".join(settings.targets)
+        raise UserError(
+            f"data={settings.kind} has {has} to learn, but the task needs {target}: choose another of the two"
+        )
+
+
+def _data(
+    source: Source, splits: dict[str, Split | None], encoded: dict[str, Encoded], warnings: list[str], noun: str
+) -> Data:
+    """What was encoded without what was left out, with warnings about both."""
+    parts: dict[str, Part | None] = dict.fromkeys(splits)
+    used: dict[str, Split | None] = dict.fromkeys(splits)
+    skipped = list(source.skipped)
+    for key, found in encoded.items():
+        split = splits[key]
+        assert split is not None
+        skipped += [f"{split.names[row]}: {reason}" for row, reason in found.bad.items()]
+        warnings += [f"{key}: {warning}" for warning in found.warnings]
+        kept = _without(split, found.good)
+        if not len(kept):
+            raise UserError(f"no {noun[:-1]} of the {key} split can be read; the first: {skipped[-len(split)]}")
+        parts[key], used[key] = make_part(kept, found), kept
     train = parts["train"]
     assert train is not None
     if skipped:
-        warnings.append(f"{len(skipped)} unreadable images left out (data.on_error=skip); the first: {skipped[0]}")
-    absent = [name for i, name in enumerate(source.class_names) if not (train.labels == i).any()]
-    if absent:
+        warnings.append(f"{len(skipped)} unreadable {noun} left out (data.on_error=skip); the first: {skipped[0]}")
+    classes, count = strata(train.labels, source.class_names)
+    present = np.bincount(classes, minlength=count)
+    absent = [name for name, total in zip(source.class_names, present, strict=False) if not total]
+    if absent and count == len(source.class_names):
         listed = ", ".join(absent[:EXAMPLES]) + (", ..." if len(absent) > EXAMPLES else "")
-        warnings.append(f"{len(absent)} of {len(source.class_names)} classes have no training image: {listed}")
+        warnings.append(f"{len(absent)} of {len(source.class_names)} classes have no training sample: {listed}")
     for warning in warnings:
         log.warning("%s", warning)
     return Data(
@@ -272,8 +205,25 @@ def load_data(
     )
 
 
+def load_inputs(split: Split, encoder: Encoder, on_error: str = "raise") -> Part:
+    """Samples to predict, whose labels are unknown.
+
+    Raises:
+        UserError: a sample cannot be used (on_error=raise), or none can.
+    """
+    # Seldom predicted twice, so not worth the cache; memory is bounded by handing over batches.
+    found = encoder.encode(
+        split, made_from="inputs", on_error=on_error, threads=0, keep=False, progress=lambda done, total: None
+    )
+    for row, reason in found.bad.items():
+        log.warning("%s left out: %s", split.names[row], reason)
+    for warning in found.warnings:
+        log.warning("%s", warning)
+    return make_part(_without(split, found.good), found)
+
+
 def _without(split: Split, good: np.ndarray) -> Split:
-    """The readable images of a split, with the hashes it already has."""
+    """The usable samples of a split, with the hashes it already has."""
     if len(good) == len(split):
         return split
     kept = split.subset(good)
@@ -281,11 +231,13 @@ def _without(split: Split, good: np.ndarray) -> Split:
     return kept
 
 
-def _part(split: Split, store: Pixels, rows: np.ndarray) -> Part:
+def make_part(split: Split, encoded: Encoded) -> Part:
+    """The samples of a split whose unusable ones are left out already."""
+    rows = encoded.good
     return Part(
-        stores=[store],
+        stores=[encoded.store],
         rows=np.stack([np.zeros(len(rows), np.int64), rows], 1),
-        labels=np.asarray(split.labels, np.int64),
+        labels=np.asarray(split.labels),
         names=np.array(list(split.names), dtype=object),
         groups=None if split.groups is None else np.asarray(split.groups, dtype=object),
     )
@@ -294,14 +246,14 @@ def _part(split: Split, store: Pixels, rows: np.ndarray) -> Part:
 def draw(settings: ImageData, source: Source, seed: int) -> tuple[dict[str, Split | None], list[str]]:
     """Subsets of a source as n_train, n_val, n_test and fraction ask for, and warnings.
 
-    A smaller number gives a subset of what a larger one gives. The images keep the source's order.
+    A smaller number gives a subset of what a larger one gives. The samples keep the source's order.
 
     Raises:
         UserError: a number is more than there are.
     """
     warnings = list(source.warnings)
-    num_classes = len(source.class_names)
     splits = dict(source.splits)
+    labels, num_classes = strata(source.train.labels, source.class_names)
     rest = np.arange(len(source.train))
     for key in ("test", "val"):
         count, own = getattr(settings, f"n_{key}"), splits[key]
@@ -309,15 +261,15 @@ def draw(settings: ImageData, source: Source, seed: int) -> tuple[dict[str, Spli
             continue
         if own is not None:
             _enough(f"data.n_{key}", count, len(own), f"the {key} split")
-            order = balanced(own.labels, num_classes, derive(seed, "subset", key))[:count]
-            splits[key] = own.subset(np.sort(order))
+            order = balanced(strata(own.labels, source.class_names)[0], num_classes, derive(seed, "subset", key))
+            splits[key] = own.subset(np.sort(order[:count]))
             continue
-        # One image at least has to stay for training.
+        # One sample at least has to stay for training.
         _enough(f"data.n_{key}", count, len(rest) - 1, f"the train split that the {key} part can be taken from")
-        order = balanced(source.train.labels[rest], num_classes, derive(seed, "subset", key))[:count]
+        order = balanced(labels[rest], num_classes, derive(seed, "subset", key))[:count]
         splits[key] = source.train.subset(np.sort(rest[order]))
         rest = np.setdiff1d(rest, rest[order])
-    labels = source.train.labels[rest]
+    labels = labels[rest]
     if settings.n_train is not None:
         _enough("data.n_train", settings.n_train, len(rest), "the train split")
         chosen = balanced(labels, num_classes, derive(seed, "subset", "train"))[: settings.n_train]
@@ -334,7 +286,7 @@ def draw(settings: ImageData, source: Source, seed: int) -> tuple[dict[str, Spli
 def _enough(key: str, count: int, available: int, where: str) -> None:
     if count > available:
         raise UserError(
-            f"{key}={count} is more than the {available:,} images of {where}; set it to {available} or less"
+            f"{key}={count} is more than the {available:,} samples of {where}; set it to {available} or less"
         )
 
 
@@ -359,31 +311,3 @@ def proportional(labels: np.ndarray, num_classes: int, seed: int) -> np.ndarray:
     """A random order whose every beginning holds the classes in the proportions of the whole."""
     rank, tie, sizes = _ranks(labels, num_classes, seed)
     return np.lexsort((tie, (rank + 0.5) / sizes[labels]))
-
-
-def load_inputs(paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing, on_error: str = "raise") -> Part:
-    """Images to predict: files, and all images below folders, sorted; labels are -1, names the paths as given.
-
-    Raises:
-        UserError: a path does not exist, a folder has no image, or an image cannot be read (on_error=raise).
-    """
-    files: list[Path] = []
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            found = images_below(path).images
-            if not found:
-                raise UserError(f"{given}: the folder has no image")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise UserError(f"{given}: no such file or folder")
-    if not files:
-        raise UserError("no input: give image files or folders")
-    split = Split(items=files, labels=np.full(len(files), -1, np.int64), names=[str(path) for path in files])
-    # Seldom predicted twice, so not worth the cache; memory is bounded by handing over batches of paths.
-    decoded = decode(split, preprocessing, made_from="inputs", on_error=on_error, keep=False)
-    for row, reason in decoded.bad.items():
-        log.warning("%s left out: %s", split.names[row], reason)
-    return _part(_without(split, decoded.good), decoded.pixels, decoded.good)

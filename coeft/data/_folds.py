@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from coeft.config import CV
-from coeft.data._data import Data, Part, proportional
+from coeft.data._data import Data, proportional
+from coeft.data._part import Part, strata
 from coeft.errors import UserError
 from coeft.seeding import derive
 
@@ -37,14 +38,14 @@ def make_folds(data: Data, cv: CV, seed: int) -> list[Fold]:
     if cv.folds < 2:
         train, val = data.train, data.val
         if val is None:
-            train, val = _set_apart(train, cv, len(data.class_names), derive(seed, "folds", "val", 0))
+            train, val = _set_apart(train, cv, data.class_names, derive(seed, "folds", "val", 0))
         return [Fold(index=0, train=train, val=val, heldout=None, test=data.test)]
 
     everything = _together(data)
     folds = []
     for index, heldout in enumerate(_divide(everything, data.class_names, cv, derive(seed, "folds"))):
         rest = everything.subset(np.setdiff1d(np.arange(len(everything)), heldout))
-        train, val = _set_apart(rest, cv, len(data.class_names), derive(seed, "folds", "val", index))
+        train, val = _set_apart(rest, cv, data.class_names, derive(seed, "folds", "val", index))
         folds.append(Fold(index=index, train=train, val=val, heldout=everything.subset(heldout), test=data.test))
     return folds
 
@@ -56,7 +57,7 @@ def refit_fold(data: Data, cv: CV, seed: int) -> Fold:
         UserError: as make_folds.
     """
     _check_groups(data, cv)
-    train, val = _set_apart(_together(data), cv, len(data.class_names), derive(seed, "folds", "val", "refit"))
+    train, val = _set_apart(_together(data), cv, data.class_names, derive(seed, "folds", "val", "refit"))
     return Fold(index=cv.folds, train=train, val=val, heldout=None, test=data.test)
 
 
@@ -98,8 +99,10 @@ def _divide(part: Part, class_names: list[str], cv: CV, seed: int) -> list[np.nd
         raise UserError(f"cv.folds={cv.folds}, but column {cv.group} has {number} groups; lower cv.folds")
     if len(part) < cv.folds:
         raise UserError(f"cv.folds={cv.folds}, but there are {len(part)} samples; lower cv.folds")
-    if cv.stratified:
-        counts = np.bincount(part.labels, minlength=len(class_names))
+    classes, count = strata(part.labels, class_names)
+    stratified = cv.stratified and count > 1
+    if stratified:
+        counts = np.bincount(classes, minlength=count)
         few = [f"{name} has {n}" for name, n in zip(class_names, counts, strict=True) if 0 < n < cv.folds]
         if few:
             listed = ", ".join(few[:5]) + (", ..." if len(few) > 5 else "")
@@ -108,10 +111,10 @@ def _divide(part: Part, class_names: list[str], cv: CV, seed: int) -> list[np.nd
                 "lower cv.folds, or set cv.stratified=false"
             )
     if groups is not None:
-        splitter = (StratifiedGroupKFold if cv.stratified else GroupKFold)(cv.folds, shuffle=True, random_state=seed)
+        splitter = (StratifiedGroupKFold if stratified else GroupKFold)(cv.folds, shuffle=True, random_state=seed)
     else:
-        splitter = (StratifiedKFold if cv.stratified else KFold)(cv.folds, shuffle=True, random_state=seed)
-    folds = [heldout for _, heldout in splitter.split(np.zeros(len(part)), part.labels, groups)]
+        splitter = (StratifiedKFold if stratified else KFold)(cv.folds, shuffle=True, random_state=seed)
+    folds = [heldout for _, heldout in splitter.split(np.zeros(len(part)), classes, groups)]
     if any(not len(fold) for fold in folds):
         sizes = ", ".join(str(len(fold)) for fold in folds)
         raise UserError(
@@ -121,7 +124,7 @@ def _divide(part: Part, class_names: list[str], cv: CV, seed: int) -> list[np.nd
     return folds
 
 
-def _set_apart(part: Part, cv: CV, num_classes: int, seed: int) -> tuple[Part, Part | None]:
+def _set_apart(part: Part, cv: CV, class_names: list[str], seed: int) -> tuple[Part, Part | None]:
     """A part without its validation part of cv.val_fraction, and that one, or None if the fraction is 0.
 
     Raises:
@@ -130,11 +133,12 @@ def _set_apart(part: Part, cv: CV, num_classes: int, seed: int) -> tuple[Part, P
     if cv.val_fraction == 0:
         return part, None
     count = max(1, round(cv.val_fraction * len(part)))
+    classes, num_classes = strata(part.labels, class_names)
     if cv.group is not None:
         assert part.groups is not None
-        chosen = _whole_groups(part, num_classes, cv, seed)
+        chosen = _whole_groups(part, classes, num_classes, cv, seed)
     elif cv.stratified:
-        chosen = proportional(part.labels, num_classes, seed)[:count]
+        chosen = proportional(classes, num_classes, seed)[:count]
     else:
         chosen = np.random.default_rng(seed).permutation(len(part))[:count]
     if len(chosen) >= len(part):
@@ -143,7 +147,7 @@ def _set_apart(part: Part, cv: CV, num_classes: int, seed: int) -> tuple[Part, P
     return part.subset(rest), part.subset(np.sort(chosen))
 
 
-def _whole_groups(part: Part, num_classes: int, cv: CV, seed: int) -> np.ndarray:
+def _whole_groups(part: Part, classes: np.ndarray, num_classes: int, cv: CV, seed: int) -> np.ndarray:
     """Positions of groups that together come close to cv.val_fraction of each class (or of all samples).
 
     Large groups first, in a random order among equals, a group is taken if that brings the counts nearer to the wanted
@@ -156,7 +160,7 @@ def _whole_groups(part: Part, num_classes: int, cv: CV, seed: int) -> np.ndarray
             f"cv.group={cv.group} has one group, {str(values[0])!r}, in the training part: none is left to "
             "pick the epoch; set cv.val_fraction=0, or give more groups"
         )
-    columns = part.labels if cv.stratified else np.zeros(len(part), np.int64)
+    columns = classes if cv.stratified else np.zeros(len(part), np.int64)
     table = np.zeros((len(values), num_classes), np.float64)  # group x class, counts
     np.add.at(table, (group_of, columns), 1)
     wanted = cv.val_fraction * table.sum(0)

@@ -8,39 +8,34 @@ import lightning
 import numpy as np
 import torch
 import torch.distributed
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from coeft.data._data import Part
 from coeft.data._folds import Fold
+from coeft.data._part import Batch, Part
 from coeft.seeding import derive
 
-Batch = dict[str, Tensor]
 
-
-class Images(Dataset):
+class Samples(Dataset):
     """A part as a map-style data set that hands out whole batches."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self._labels = torch.from_numpy(np.array(part.labels, np.int64))
 
     def __len__(self) -> int:
         return len(self.part)
 
     def __getitem__(self, index: int) -> Batch:
-        """The batch of one image."""
+        """The batch of one sample."""
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """pixel_values uint8 (B, C, H, W) and labels int64 (B,)."""
-        pixels = torch.from_numpy(self.part.fetch(indices))
-        return {"pixel_values": pixels, "labels": self._labels[torch.as_tensor(indices, dtype=torch.int64)]}
+        """The model's inputs and labels, see Part.batch."""
+        return self.part.batch(indices)
 
 
 def _whole(batch: Any) -> Any:
-    """Images makes batches itself, so there is nothing to collate."""
+    """Samples makes batches itself, so there is nothing to collate."""
     return batch
 
 
@@ -79,7 +74,7 @@ class TrainOrder(DistributedSampler):
 
 
 class EvalOrder(DistributedSampler):
-    """Every image once, in order; each process takes every world-th, so that no image counts twice."""
+    """Every sample once, in order; each process takes every world-th, so that no sample counts twice."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -100,18 +95,18 @@ def equal_batches(length: int, batch_size: int, world: int) -> int:
     """The batch size next to batch_size with which all processes have equally many batches of EvalOrder.
 
     With fewer batches a process would wait for ever in a collective operation of the others. It is batch_size or a
-    smaller one, or a larger one if there is none but 1; with fewer images than processes there is none at all.
+    smaller one, or a larger one if there is none but 1; with fewer samples than processes there is none at all.
     """
     fewest = length // world
     if length % world == 0 or fewest == 0:
         return batch_size
     sizes = [*range(batch_size, 1, -1), *range(batch_size + 1, fewest + 2)]
-    # Some processes have one image more: it opens another batch if the others' batches are full.
+    # Some processes have one sample more: it opens another batch if the others' batches are full.
     return next((size for size in sizes if fewest % size), batch_size)
 
 
 class FoldData(lightning.LightningDataModule):
-    """Loaders of the parts of one fold; batches as {"pixel_values": uint8 (B, C, H, W), "labels": int64 (B,)}.
+    """Loaders of the parts of one fold; batches as Part.batch gives them.
 
     Args:
         batch_size: samples per process and training batch; the last batch of an epoch may be smaller.
@@ -152,7 +147,7 @@ class FoldData(lightning.LightningDataModule):
         """Batches of a part in its order, for evaluation and prediction outside a fold."""
         size = equal_batches(len(part), batch_size, _ranks()[1])
         return DataLoader(
-            Images(part), batch_size=size, sampler=EvalOrder(len(part)), num_workers=num_workers, collate_fn=_whole
+            Samples(part), batch_size=size, sampler=EvalOrder(len(part)), num_workers=num_workers, collate_fn=_whole
         )
 
     def _eval_loader(self, part: Part | None) -> DataLoader | list:
@@ -164,7 +159,7 @@ class FoldData(lightning.LightningDataModule):
 
     def _loader(self, part: Part, order: TrainOrder | EvalOrder, batch_size: int) -> DataLoader:
         return DataLoader(
-            Images(part),
+            Samples(part),
             batch_size=batch_size,
             sampler=order,
             num_workers=self.num_workers,

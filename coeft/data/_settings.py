@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from omegaconf import MISSING
 
@@ -91,12 +91,19 @@ class ImageData:
         if len(set(self.augment)) < len(self.augment):
             raise UserError(f"data.augment names an augmentation twice: {', '.join(self.augment)}")
 
-    def load(self, seed: int, group: str | None = None) -> "Source":
-        """The splits with their labels; images are not decoded yet.
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    """What the samples can be read as: image, text."""
+    targets: ClassVar[tuple[str, ...]] = ("class",)
+    """What can be learnt from them: class, classes (several of them), number, text, choice."""
+
+    def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
+        """The splits with their labels; images are not decoded yet, text is not tokenised.
 
         Args:
             seed: of draws that the source itself makes, if any.
             group: column whose values `Split.groups` holds; null is none.
+            modality: what the backbone takes, one of `modalities`.
+            target: what the task learns, one of `targets`.
 
         Raises:
             UserError: the data is missing, broken, or has no such split or column.
@@ -165,5 +172,5 @@ def choose_splits(settings: ImageData, names: list[str], *, source: str) -> dict
     for name in used:
         if used.count(name) > 1:
             parts = " and ".join(f"data.splits.{part}" for part, other in chosen.items() if other == name)
-            raise UserError(f"{parts} both name {name!r}: the same images would train and test; set one to null")
+            raise UserError(f"{parts} both name {name!r}: the same samples would train and test; set one to null")
     return chosen

@@ -1,6 +1,7 @@
-"""Images as their source gives them: labels at hand, pixels not yet decoded."""
+"""Samples as their source gives them: labels at hand, images not yet decoded, text not yet tokenised."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +18,14 @@ CHUNK = 256  # images read ahead of the threads that work on them
 
 @dataclass(kw_only=True)
 class Split:
-    """Some images of one source, in a fixed order."""
+    """Some samples of one source, in a fixed order."""
 
-    items: Sequence[Path] | Sequence[bytes] | np.ndarray
-    """Files, encoded images, or pixels: uint8 (N, H, W) or (N, H, W, C)."""
+    items: Sequence[Path] | Sequence[bytes] | Sequence[dict[str, Any]] | np.ndarray
+    """Files, encoded images, pixels (uint8 (N, H, W) or (N, H, W, C)), or the text of rows: column -> value."""
     labels: np.ndarray
-    """int64 (N,), indices into the class names."""
+    """As Part.labels: classes as int64 (N,) indices into the class names, numbers float32 (N,), ..."""
     names: Sequence[str]
-    """What a message calls each image; unique, relative to the data's folder."""
+    """What a message calls each sample; unique, relative to the data's folder."""
     groups: np.ndarray | None = None
     """(N,) values of the group column as text."""
 
@@ -32,7 +33,7 @@ class Split:
         return len(self.labels)
 
     def subset(self, indices: np.ndarray) -> "Split":
-        """The images at these positions, in this order."""
+        """The samples at these positions, in this order."""
         items = self.items[indices] if isinstance(self.items, np.ndarray) else Chosen(self.items, indices)
         return Split(
             items=items,
@@ -43,7 +44,7 @@ class Split:
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """uint8 (N, 16): a hash of the bytes of each file, or of each array of pixels with its shape."""
+        """uint8 (N, 16): a hash of the bytes of each file, of each array of pixels with its shape, or of each row."""
         digests = np.zeros((len(self), DIGEST_BYTES), np.uint8)
 
         def fill(start: int, item: Any) -> None:
@@ -77,15 +78,17 @@ class Source:
     class_names: list[str]
     warnings: list[str] = field(default_factory=list)
     """What the user should know, such as files that were left out."""
+    skipped: list[str] = field(default_factory=list)
+    """Samples that the source itself left out (data.on_error=skip): name and reason."""
 
     @property
     def splits(self) -> dict[str, Split | None]:
-        """train, val, test -> images or None."""
+        """train, val, test -> samples or None."""
         return {"train": self.train, "val": self.val, "test": self.test}
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all images, labels and class names; the same on any machine."""
+        """A hash of all samples, labels and class names; the same on any machine."""
         return fingerprint(self.splits, self.class_names)
 
 
@@ -98,7 +101,8 @@ def fingerprint(splits: dict[str, Split | None], class_names: Sequence[str]) -> 
             continue
         digest.update(f"{part} {len(split)}".encode())
         digest.update(split.digests.tobytes())
-        digest.update(np.ascontiguousarray(split.labels, "<i8").tobytes())
+        kind = "<i8" if split.labels.dtype == np.int64 else "<f4"
+        digest.update(np.ascontiguousarray(split.labels, kind).tobytes())
         if split.groups is not None:
             digest.update(repr([str(group) for group in split.groups]).encode())
     return digest.hexdigest()
@@ -112,6 +116,8 @@ def _digest(item: Any) -> bytes:
         digest.update(np.ascontiguousarray(item).data)
     elif isinstance(item, bytes):
         digest.update(item)
+    elif isinstance(item, dict):
+        digest.update(json.dumps(item, sort_keys=True, default=str).encode())
     else:
         try:
             with open(item, "rb") as file:

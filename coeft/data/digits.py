@@ -20,7 +20,7 @@ class Digits(ImageData):
     kind: str = "digits"
     splits: dict[str, str | None] = field(default_factory=lambda: {"train": "train", "val": None, "test": None})
 
-    def load(self, seed: int, group: str | None = None) -> "Source":
+    def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
         import numpy as np
         from sklearn.datasets import load_digits
 

@@ -39,7 +39,7 @@ class FashionMNIST(ImageData):
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
             raise UserError(f"data.classes must be two or more different labels, or null, not {list(self.classes)}")
 
-    def load(self, seed: int, group: str | None = None) -> "Source":
+    def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
         import numpy as np
 
         from coeft.data._idx import find_root, read_pair

@@ -39,7 +39,7 @@ class Hub(ImageData):
     def check(self) -> None:
         self.load(0)
 
-    def load(self, seed: int, group: str | None = None) -> "Source":
+    def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
         name = required("data.name", self.name, "NAME_OR_FOLDER")
 
         from coeft.data._hub import load_hub, read_splits

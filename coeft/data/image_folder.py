@@ -30,7 +30,7 @@ class ImageFolder(ImageData):
     missing_classes: bool = False
     """Allow val and test to lack some classes of train."""
 
-    def load(self, seed: int, group: str | None = None) -> "Source":
+    def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
         from pathlib import Path
 
         from coeft.data._folders import existing_folder, groups_of, read_groups, read_split

@@ -53,7 +53,7 @@ class VTAB(ImageData):
         if self.root is None:
             self.load(0)
 
-    def load(self, seed: int, group: str | None = None) -> "Source":
+    def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
         from coeft.data._vtab import from_folder, from_hub
 
         name = required("data.name", self.name, "TASK")

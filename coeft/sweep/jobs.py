@@ -179,18 +179,18 @@ def _measured(job: Job) -> dict[str, Any]:
 
 
 def latency_ms(run_dir: Path, *, repeats: int = 20) -> float:
-    """Milliseconds of one forward of a finished run's model on one image, the median of `repeats` on this machine."""
+    """Milliseconds of one forward of a finished run's model on one sample, the median of `repeats` on this machine."""
     run = Run.open(run_dir)
     built, _ = restore(run.config, run.adapter(run.folds[0] if run.folds else None))
     module = built.module.eval()
     if torch.cuda.is_available():
         module = module.cuda()
-    image = torch.zeros(1, 3, *built.backbone.preprocessing.image_size, dtype=torch.uint8, device=module.device)
+    sample = {name: value.to(module.device) for name, value in built.backbone.example().items()}
     seconds = []
     with torch.inference_mode():
         for number in range(repeats + 3):
             begun = time.perf_counter()
-            module(image)
+            module(sample)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number >= 3:  # the first ones warm up

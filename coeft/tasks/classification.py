@@ -1,5 +1,6 @@
 """Single-label classification: cross entropy over the classes of the data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,28 @@ class Classification:
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task.label_smoothing must be in [0, 1), not {self.label_smoothing}")
 
-    def build(self, num_classes: int) -> "ClassificationTask":
+    @property
+    def target(self) -> str:
+        """What the labels are: one class a sample."""
+        return "class"
+
+    @property
+    def head(self) -> str:
+        """What the backbone ends in."""
+        return "classifier"
+
+    def outputs(self, class_names: Sequence[str]) -> int:
+        """Width of the head.
+
+        Raises:
+            UserError: there are fewer than two classes.
+        """
+        if len(class_names) < 2:
+            raise UserError(f"the data has {len(class_names)} class; classification needs two or more")
+        return len(class_names)
+
+    def build(self, num_outputs: int) -> "ClassificationTask":
         """Loss and metrics over so many classes."""
         from coeft.tasks._classification import ClassificationTask
 
-        return ClassificationTask(num_classes, metric=self.metric, label_smoothing=self.label_smoothing)
+        return ClassificationTask(num_outputs, metric=self.metric, label_smoothing=self.label_smoothing)

@@ -20,8 +20,10 @@ from PIL import Image, ImageFile
 from coeft.backbones._backbone import Preprocessing
 from coeft.data import _cache, _decode
 from coeft.data._cache import cache_info, clear_cache
-from coeft.data._data import Data, Part, balanced, load_data, load_inputs, proportional, resolve_preprocessing
+from coeft.data._data import Data, balanced, load_data, load_inputs, proportional
 from coeft.data._decode import load_image, pixels, to_mode
+from coeft.data._images import ImageEncoder, image_inputs, resolve_preprocessing
+from coeft.data._part import Part
 from coeft.data._settings import ImageData
 from coeft.data._source import Source, Split
 from coeft.data._transforms import Augment, Normalize
@@ -99,7 +101,7 @@ def test_normalised_pixels_equal_timms(tmp_path):
     Image.fromarray(noise(40, 50)).save(tmp_path / "a.jpg", quality=90)
     transform = timm.data.create_transform((3, 32, 32), crop_pct=0.9, interpolation="bicubic", mean=MEAN, std=STD)
     expected = transform(Image.open(tmp_path / "a.jpg").convert("RGB"))
-    part = load_inputs([tmp_path / "a.jpg"], preprocessing((32, 32), crop_pct=0.9))
+    part = load_inputs(image_inputs([tmp_path / "a.jpg"]), ImageEncoder(preprocessing((32, 32), crop_pct=0.9)))
     ours = Normalize(MEAN, STD)(torch.from_numpy(part.images))
     torch.testing.assert_close(ours[0], expected, rtol=0, atol=1e-6)
 
@@ -108,12 +110,12 @@ def test_one_channel_models_get_gray():
     gray = preprocessing((6, 6), mean=(0.5,), std=(0.5,))
     expected = np.asarray(Image.fromarray(noise(6, 6)).convert("L"))
     np.testing.assert_array_equal(pixels(noise(6, 6), gray)[0], expected)
-    assert load_data(Digits(), seed=0, preprocessing=gray).train.image_shape == (1, 6, 6)
+    assert load_data(Digits(), seed=0, encoder=ImageEncoder(gray)).train.images.shape[1:] == (1, 6, 6)
 
 
 def test_gray_arrays_become_three_equal_channels():
     source = Digits().load(0)
-    part = load_data(Digits(), seed=0, preprocessing=preprocessing((8, 8))).train
+    part = load_data(Digits(), seed=0, encoder=ImageEncoder(preprocessing((8, 8)))).train
     for channel in range(3):
         np.testing.assert_array_equal(part.images[:, channel], source.train.items)
 
@@ -185,7 +187,7 @@ def test_unreadable_files(tmp_path, monkeypatch):
     # Other libraries switch this on for the whole process.
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(UserError) as caught:
-        load_data(settings, seed=0, preprocessing=preprocessing())
+        load_data(settings, seed=0, encoder=ImageEncoder(preprocessing()))
     first, *lines = str(caught.value).splitlines()
     assert first.startswith("2 images cannot be read; repair or remove, or set data.on_error=skip")
     assert lines[0] == "  train/c0/0.jpg: not an image in a format that Pillow reads"
@@ -194,7 +196,7 @@ def test_unreadable_files(tmp_path, monkeypatch):
     assert lines[3].startswith("  test/c0/big.png: refused as a decompression bomb") and len(lines) == 5
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
-    data = load_data(replace(settings, on_error="skip"), seed=0, preprocessing=preprocessing())
+    data = load_data(replace(settings, on_error="skip"), seed=0, encoder=ImageEncoder(preprocessing()))
     assert data.test is not None
     assert len(data.train) == 10 and len(data.test) == 12
     assert "train/c1/2.jpg" not in data.train.names and len(data.train.images) == 10
@@ -206,10 +208,10 @@ def test_unreadable_files(tmp_path, monkeypatch):
     assert any("4 unreadable images left out" in warning for warning in summary["warnings"])
     # The entry that lacks them is not taken for a good one, and is not decoded twice.
     with pytest.raises(UserError, match="2 images cannot be read") as again_caught:
-        load_data(settings, seed=0, preprocessing=preprocessing())
+        load_data(settings, seed=0, encoder=ImageEncoder(preprocessing()))
     assert str(again_caught.value) == str(caught.value)
     kept = data.train.images.copy()
-    again = load_data(replace(settings, on_error="skip"), seed=0, preprocessing=preprocessing())
+    again = load_data(replace(settings, on_error="skip"), seed=0, encoder=ImageEncoder(preprocessing()))
     np.testing.assert_array_equal(again.train.images, kept)
     assert again.skipped == data.skipped and again.fingerprint == data.fingerprint
 
@@ -219,7 +221,7 @@ def test_nothing_readable(tmp_path):
     for path in root.rglob("*.png"):
         path.write_bytes(b"x")
     with pytest.raises(UserError, match="no image of the train split can be read; the first: train/c0/0.png"):
-        load_data(ImageFolder(root=str(root), on_error="skip"), seed=0, preprocessing=preprocessing())
+        load_data(ImageFolder(root=str(root), on_error="skip"), seed=0, encoder=ImageEncoder(preprocessing()))
 
 
 def test_many_unreadable_files_stop_early_and_keep_the_message_short(tmp_path):
@@ -228,7 +230,7 @@ def test_many_unreadable_files_stop_early_and_keep_the_message_short(tmp_path):
     for i in range(300):
         (root / f"{i:03}.png").write_bytes(b"x")
     with pytest.raises(UserError, match="^at least 256 images cannot be read") as caught:
-        load_inputs([root], preprocessing())
+        load_inputs(image_inputs([root]), ImageEncoder(preprocessing()))
     assert len(str(caught.value).splitlines()) == 11
 
 
@@ -244,25 +246,25 @@ def test_formats_that_run_programs_are_refused():
 
 def test_a_second_run_decodes_nothing(tmp_path, decodes, cache):
     settings = ImageFolder(root=str(tree(tmp_path / "r")))
-    first = load_data(settings, seed=0, preprocessing=preprocessing())
+    first = load_data(settings, seed=0, encoder=ImageEncoder(preprocessing()))
     assert len(decodes) == 24
     before = first.train.images.copy()
     shutil.copytree(tmp_path / "r", tmp_path / "moved")
     for root in ("r", "moved"):  # what counts is the content
-        again = load_data(replace(settings, root=str(tmp_path / root)), seed=0, preprocessing=preprocessing())
+        again = load_data(replace(settings, root=str(tmp_path / root)), seed=0, encoder=ImageEncoder(preprocessing()))
         assert len(decodes) == 24 and again.fingerprint == first.fingerprint
         np.testing.assert_array_equal(again.train.images, before)
 
     for changed in ((9, 9), preprocessing(interpolation="nearest"), preprocessing(resize="squash")):
         chosen = changed if isinstance(changed, Preprocessing) else preprocessing(changed)
-        load_data(settings, seed=0, preprocessing=chosen)
+        load_data(settings, seed=0, encoder=ImageEncoder(chosen))
     assert len(decodes) == 4 * 24
     other_colours = preprocessing(mean=(0.0, 0.0, 0.0))
-    load_data(settings, seed=0, preprocessing=other_colours)
+    load_data(settings, seed=0, encoder=ImageEncoder(other_colours))
     assert len(decodes) == 4 * 24  # normalisation acts later
 
     Image.fromarray(noise(9, 9, seed=77)).save(tmp_path / "r" / "train" / "c0" / "0.png")
-    changed_file = load_data(settings, seed=0, preprocessing=preprocessing())
+    changed_file = load_data(settings, seed=0, encoder=ImageEncoder(preprocessing()))
     assert len(decodes) == 4 * 24 + 12 and changed_file.fingerprint != first.fingerprint
     assert not list(cache.glob(".*.[!l]*")), "temporary folders are left"
 
@@ -270,7 +272,7 @@ def test_a_second_run_decodes_nothing(tmp_path, decodes, cache):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "meta", "json", "checks", "missing"])
 def test_a_damaged_entry_is_built_again(tmp_path, decodes, cache, damage):
     settings = ImageFolder(root=str(tree(tmp_path / "r", splits=("train",))))
-    before = load_data(settings, seed=0, preprocessing=preprocessing()).train.images.copy()
+    before = load_data(settings, seed=0, encoder=ImageEncoder(preprocessing())).train.images.copy()
     [entry] = [path for path in cache.iterdir() if path.is_dir()]
     file = entry / "pixels.npy"
     data = bytearray(file.read_bytes())
@@ -287,17 +289,17 @@ def test_a_damaged_entry_is_built_again(tmp_path, decodes, cache, damage):
         (entry / "checks.npy").write_bytes(b"")
     else:
         file.unlink()
-    again = load_data(settings, seed=0, preprocessing=preprocessing()).train
+    again = load_data(settings, seed=0, encoder=ImageEncoder(preprocessing())).train
     assert len(decodes) == 24
     np.testing.assert_array_equal(again.images, before)
-    load_data(settings, seed=0, preprocessing=preprocessing())
+    load_data(settings, seed=0, encoder=ImageEncoder(preprocessing()))
     assert len(decodes) == 24
 
 
 def test_cache_info_and_clear(tmp_path, cache):
     assert cache_info() == {"folder": str(cache.parent), "files": 0, "bytes": 0, "entries": []}
     assert clear_cache() == (0, 0)
-    data = load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, preprocessing=preprocessing())
+    data = load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, encoder=ImageEncoder(preprocessing()))
     info = cache_info()
     assert {entry["made_from"] for entry in info["entries"]} == {"image_folder, train, 8x8", "image_folder, test, 8x8"}
     assert all(entry["images"] == 12 and entry["bytes"] > 12 * 3 * 64 for entry in info["entries"])
@@ -307,7 +309,7 @@ def test_cache_info_and_clear(tmp_path, cache):
 
 
 def test_small_arrays_need_no_file(cache):
-    load_data(Digits(), seed=0, preprocessing=preprocessing((16, 16)))
+    load_data(Digits(), seed=0, encoder=ImageEncoder(preprocessing((16, 16))))
     assert not cache.exists()
 
 
@@ -315,18 +317,18 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COEFT_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="image cache .* cannot be written: .*set COEFT_CACHE=FOLDER"):
-        load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, preprocessing=preprocessing())
+        load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, encoder=ImageEncoder(preprocessing()))
 
 
 def test_a_full_disk_is_said_before(tmp_path, monkeypatch, cache):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(UserError, match="needs 0 MB and has 0 MB free; make room"):
-        load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, preprocessing=preprocessing())
+        load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, encoder=ImageEncoder(preprocessing()))
 
 
 def _load_in_process(root: str, queue) -> None:
-    queue.put(load_data(ImageFolder(root=root), seed=0, preprocessing=preprocessing()).train.images.sum())
+    queue.put(load_data(ImageFolder(root=root), seed=0, encoder=ImageEncoder(preprocessing())).train.images.sum())
 
 
 def test_processes_at_the_same_time(tmp_path):
@@ -339,13 +341,13 @@ def test_processes_at_the_same_time(tmp_path):
     sums = [queue.get(timeout=120) for _ in workers]
     for worker in workers:
         worker.join()
-    expected = load_data(ImageFolder(root=root), seed=0, preprocessing=preprocessing()).train.images.sum()
+    expected = load_data(ImageFolder(root=root), seed=0, encoder=ImageEncoder(preprocessing())).train.images.sum()
     assert sums == [expected] * 3 and [worker.exitcode for worker in workers] == [0, 0, 0]
 
 
 def test_a_part_sent_to_a_worker_holds_paths_not_pixels(tmp_path):
     root = tree(tmp_path / "r")
-    part = load_data(ImageFolder(root=str(root)), seed=0, preprocessing=preprocessing((64, 64))).train
+    part = load_data(ImageFolder(root=str(root)), seed=0, encoder=ImageEncoder(preprocessing((64, 64)))).train
     before = part.images
     sent = pickle.dumps(part)
     assert len(sent) < before.nbytes / 10
@@ -357,7 +359,7 @@ def test_threads_change_nothing(tmp_path, monkeypatch):
     results = []
     for workers in (0, 1, 5):
         monkeypatch.setenv("COEFT_CACHE", str(tmp_path / f"cache{workers}"))
-        data = load_data(ImageFolder(root=root, num_workers=workers), seed=0, preprocessing=preprocessing())
+        data = load_data(ImageFolder(root=root, num_workers=workers), seed=0, encoder=ImageEncoder(preprocessing()))
         results.append(data.train.images)
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
@@ -367,7 +369,7 @@ def test_threads_change_nothing(tmp_path, monkeypatch):
 
 
 def test_parts_share_pixels(tmp_path):
-    data = load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, preprocessing=preprocessing())
+    data = load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, encoder=ImageEncoder(preprocessing()))
     assert data.test is not None
     both = Part.joined([data.train.subset([3, 1]), data.test])
     assert len(both) == 14 and both.names.tolist()[:3] == ["train/c0/3.png", "train/c0/1.png", "test/c0/0.png"]
@@ -404,7 +406,7 @@ def test_proportional_draws(labels, seed, data):
 
 def test_subsets_are_balanced_nested_and_follow_the_seed():
     def load(seed=0, **fields) -> Data:
-        return load_data(Digits(**fields), seed=seed, preprocessing=preprocessing())
+        return load_data(Digits(**fields), seed=seed, encoder=ImageEncoder(preprocessing()))
 
     hundred = load(n_train=100)
     assert np.bincount(hundred.train.labels).tolist() == [10] * 10
@@ -437,31 +439,31 @@ def test_subsets_are_balanced_nested_and_follow_the_seed():
 
 def test_n_test_takes_from_the_splits_own_images(tmp_path):
     data = load_data(
-        ImageFolder(root=str(tree(tmp_path / "r")), n_test=3, n_train=6), seed=0, preprocessing=preprocessing()
+        ImageFolder(root=str(tree(tmp_path / "r")), n_test=3, n_train=6), seed=0, encoder=ImageEncoder(preprocessing())
     )
     assert data.test is not None
     assert data.test.labels.tolist() == [0, 1, 2] and all(name.startswith("test/") for name in data.test.names)
     assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     with pytest.raises(UserError, match="data.n_test=13 is more than the 12 images of the test split"):
-        load_data(ImageFolder(root=str(tmp_path / "r"), n_test=13), seed=0, preprocessing=preprocessing())
+        load_data(ImageFolder(root=str(tmp_path / "r"), n_test=13), seed=0, encoder=ImageEncoder(preprocessing()))
 
 
 def test_summary_counts_duplicates(tmp_path):
     root = tree(tmp_path / "r")
     shutil.copy(root / "train" / "c0" / "0.png", root / "test" / "c1" / "same.png")
     shutil.copy(root / "train" / "c0" / "0.png", root / "train" / "c2" / "same.png")
-    summary = load_data(ImageFolder(root=str(root)), seed=0, preprocessing=preprocessing()).summary()
+    summary = load_data(ImageFolder(root=str(root)), seed=0, encoder=ImageEncoder(preprocessing())).summary()
     assert summary["duplicates"] == {"train": 1, "test": 0, "train/test": 1}
     assert summary["duplicate_names"] == {
         "train": ["train/c0/0.png = train/c2/same.png"],
         "train/test": ["train/c0/0.png = test/c1/same.png"],
     }
-    assert summary["splits"]["val"] is None and summary["image_shape"] == [3, 8, 8]
+    assert summary["splits"]["val"] is None
     json.dumps(summary)
 
 
 def test_classes_without_training_images_are_said(caplog):
-    data = load_data(Digits(n_train=8), seed=0, preprocessing=preprocessing())
+    data = load_data(Digits(n_train=8), seed=0, encoder=ImageEncoder(preprocessing()))
     assert "2 of 10 classes have no training image" in data.warnings[0] and data.warnings[0] in caplog.text
 
 
@@ -491,23 +493,26 @@ def test_resolve_preprocessing():
 
 def test_inputs_of_predict(tmp_path, caplog):
     root = tree(tmp_path / "r", (2, 1), ("train",))
-    part = load_inputs([root / "train" / "c1" / "0.png", root], preprocessing())
+    part = load_inputs(image_inputs([root / "train" / "c1" / "0.png", root]), ImageEncoder(preprocessing()))
     assert part.labels.tolist() == [-1] * 4
     assert part.names.tolist() == [
         str(root / "train" / name) for name in ("c1/0.png", "c0/0.png", "c0/1.png", "c1/0.png")
     ]
     np.testing.assert_array_equal(part.images[0], part.images[3])
     with pytest.raises(UserError, match="nowhere.png: no such file or folder"):
-        load_inputs([tmp_path / "nowhere.png"], preprocessing())
+        load_inputs(image_inputs([tmp_path / "nowhere.png"]), ImageEncoder(preprocessing()))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: the folder has no image"):
-        load_inputs([tmp_path / "empty"], preprocessing())
+        load_inputs(image_inputs([tmp_path / "empty"]), ImageEncoder(preprocessing()))
     with pytest.raises(UserError, match="no input"):
-        load_inputs([], preprocessing())
+        load_inputs(image_inputs([]), ImageEncoder(preprocessing()))
     (root / "bad.png").write_bytes(b"x")
     with pytest.raises(UserError, match=r"1 image cannot be read; .*\n  .*bad.png: not an image"):
-        load_inputs([root], preprocessing())
-    assert len(load_inputs([root], preprocessing(), "skip")) == 3 and "bad.png left out" in caplog.text
+        load_inputs(image_inputs([root]), ImageEncoder(preprocessing()))
+    assert (
+        len(load_inputs(image_inputs([root]), ImageEncoder(preprocessing()), "skip")) == 3
+        and "bad.png left out" in caplog.text
+    )
 
 
 def test_settings_are_abstract():

@@ -19,6 +19,7 @@ from coeft.backbones._backbone import Preprocessing
 from coeft.config import kinds, settings_class
 from coeft.data._data import load_data
 from coeft.data._idx import DEBIAN
+from coeft.data._images import ImageEncoder
 from coeft.data.digits import Digits
 from coeft.data.fashion_mnist import FashionMNIST
 from coeft.data.hub import Columns, Hub
@@ -347,7 +348,7 @@ def test_vtab_folder(vtab, preprocessing):
     assert same.fingerprint == source.fingerprint
     both = VTAB(name="cifar", root=str(vtab), splits={"train": "train800val200", "test": "test"}).load(0)
     assert len(both.train) == 9 and both.val is None
-    data = load_data(settings, seed=0, preprocessing=preprocessing(size=4))
+    data = load_data(settings, seed=0, encoder=ImageEncoder(preprocessing(size=4)))
     assert data.train.images[5, :, 0, 0].tolist() == [5, 5, 5]
 
 
@@ -451,7 +452,7 @@ def test_hub_reads_local_parquet(parquet, tmp_path, preprocessing):
     assert source.class_names == ["x", "y"] and source.val is not None and source.test is not None
     assert [len(source.train), len(source.val), len(source.test)] == [8, 4, 4]
     assert source.train.groups is not None and source.train.groups.tolist() == ["0", "0", "1", "1", "2", "2", "3", "3"]
-    data = load_data(settings, seed=0, preprocessing=preprocessing(size=4))
+    data = load_data(settings, seed=0, encoder=ImageEncoder(preprocessing(size=4)))
     assert data.train.images[:, :, 0, 0].tolist() == [[i, 100, 8] for i in range(8)]
 
     texts = Hub(name=str(parquet), columns=Columns(image="picture", label="text_kind"), **hub).load(0)

@@ -14,9 +14,11 @@ from torch.utils.data.distributed import DistributedSampler
 from coeft.backbones._backbone import Preprocessing
 from coeft.config import CV
 from coeft.data._cache import HeldPixels
-from coeft.data._data import Data, Part, load_data
+from coeft.data._data import Data, load_data
 from coeft.data._folds import Fold, make_folds, refit_fold
+from coeft.data._images import ImageEncoder
 from coeft.data._module import EvalOrder, FoldData, TrainOrder, equal_batches
+from coeft.data._part import Part
 from coeft.data.digits import Digits
 from coeft.errors import UserError
 
@@ -75,7 +77,7 @@ def test_every_fold_pairs_pixels_labels_and_names():
 def test_folds_of_digits_are_stratified_and_follow_the_seed():
     half = (0.5, 0.5, 0.5)
     plain = Preprocessing(image_size=(8, 8), mean=half, std=half, interpolation="bicubic", crop_pct=1.0)
-    data = load_data(Digits(), seed=0, preprocessing=plain)
+    data = load_data(Digits(), seed=0, encoder=ImageEncoder(plain))
     share = np.bincount(data.train.labels) / 5
     folds = make_folds(data, CV(folds=5), 0)
     for fold in folds:
