@@ -236,13 +236,14 @@ def test_predictions(standard: Path, folds: Path, tmp_path: Path, capsys: pytest
     averaged = list(csv.DictReader((tmp_path / "out.csv").open()))
     opened = Run.open(folds)
     from coeft.data._data import load_inputs
+    from coeft.data._images import ImageEncoder, image_inputs
 
     means = []
     for fold in (0, 1):
         built, _ = restore(opened.config, opened.adapter(fold))
-        part = load_inputs([str(folder)], built.backbone.preprocessing)
+        part = load_inputs(image_inputs([str(folder)]), ImageEncoder(built.backbone.preprocessing))
         with torch.no_grad():
-            means.append(built.module.eval()(torch.from_numpy(part.images)).double().softmax(-1))
+            means.append(built.module.eval()(part.batch(range(len(part)))).double().softmax(-1))
     expected = torch.stack(means).mean(0)
     got = torch.tensor([[float(row[str(k)]) for k in range(10)] for row in averaged], dtype=torch.float64)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -560,7 +560,9 @@ def test_load_adapter_restores_everything(family: str, classes: list[str], tmp_p
     for parameters in [*stack.parameters().values(), backbone.head_parameters()]:
         for parameter in parameters.values():
             parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=draw))
-    save_adapter(tmp_path / "adapter", backbone, stack, base=base, class_names=classes, card="")
+    save_adapter(
+        tmp_path / "adapter", backbone, stack, base=base, num_outputs=len(classes), class_names=classes, card=""
+    )
     inputs = tiny_inputs(family, "right")
     with torch.no_grad():
         expected = result(model, inputs)
