@@ -9,7 +9,7 @@ from typing import Any
 # attribute -> the module that defines it
 _LAZY = {
     "load_adapter": "coeft.adapter_io",
-    "coeff_attention": "coeft.attention",
+    "coeff_attention": "coeft.attention.functional",
     "CoeffConfig": "coeft.peft",
 }
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import coeft
+
 CHECKOUT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("coeft", "cli") for path in (CHECKOUT / folder).rglob("*.py"))
 # packages that settings may not pull in: a config error must answer at once
@@ -119,3 +121,10 @@ assert not heavy, heavy
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", sorted(coeft._LAZY))
+def test_every_lazy_attribute_is_there(name: str) -> None:
+    if name == "CoeffConfig":
+        pytest.importorskip("coeft.peft")
+    assert callable(getattr(coeft, name))
