@@ -126,33 +126,13 @@ class Stack:
         Raises:
             UserError: a module that a method acts through was not called, so that the method would train nothing.
         """
-        model = backbone.model
-        called: set[int] = set()
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            called.add(id(module))
-
         probes = [(a.method, place, module) for a in self.attachments for place, module in a.probes.items()]
-        modes = [(module, module.training) for module in model.modules()]
-        handles = [module.register_forward_hook(note) for _, _, module in probes]
-        try:
-            model.eval()
-            # not inference_mode: tensors that a model caches in this forward must serve in training later
-            with torch.no_grad():
-                output = backbone.forward(inputs) if isinstance(inputs, Mapping) else model(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, training in modes:
-                module.training = training
-        silent: dict[str, list[str]] = {}
-        for method, place, module in probes:
-            if id(module) not in called:
-                silent.setdefault(method, []).append(place)
-        if silent:
-            found = [f"peft.{method} is never called at {_listed(places)}" for method, places in silent.items()]
-            raise UserError(f"{backbone.name} bypasses modules that a method acts through: {'; '.join(found)}")
-        return output
+        model = backbone.model
+
+        def run() -> Any:
+            return backbone.forward(inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+        return check_called(model, probes, run, backbone.name)
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """Method -> name in model.named_parameters() -> parameter that it trains."""
@@ -161,6 +141,43 @@ class Stack:
     def report(self) -> list[Row]:
         """What every method attached to, and by which route."""
         return [Row(a.method, p.name, p.route, p.num_parameters) for a in self.attachments for p in a.places]
+
+
+def check_called(
+    model: nn.Module, probes: Sequence[tuple[str, str, nn.Module]], run: Callable[[], Any], name: str
+) -> Any:
+    """What a forward of the model gives, in eval mode, when every one of the modules was called; see Stack.probe.
+
+    Args:
+        probes: (method, place, module that it acts through).
+        run: calls the model.
+        name: of the model, for the message.
+    """
+    called: set[int] = set()
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        called.add(id(module))
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [module.register_forward_hook(note) for _, _, module in probes]
+    try:
+        model.eval()
+        # not inference_mode: tensors that a model caches in this forward must serve in training later
+        with torch.no_grad():
+            output = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    silent: dict[str, list[str]] = {}
+    for method, place, module in probes:
+        if id(module) not in called:
+            silent.setdefault(method, []).append(place)
+    if silent:
+        found = [f"peft.{method} is never called at {_listed(places)}" for method, places in silent.items()]
+        raise UserError(f"{name} bypasses modules that a method acts through: {'; '.join(found)}")
+    return output
 
 
 def count_parameters(backbone: Backbone, stack: Stack) -> ParameterCount:

@@ -252,6 +252,18 @@ def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> n
         UserError: the folder is no adapter, is damaged, or does not fit the model.
     """
     path = Path(path).expanduser()
+    backbone, stack = open_adapter(model, path, check=check)
+    stack.attach(backbone, seed=0)
+    fill(path, backbone, stack)
+    return model.eval()
+
+
+def open_adapter(model: nn.Module, path: Path, *, check: bool) -> tuple[Backbone, Stack]:
+    """The facts of a base model, with a head for the adapter's classes, and the adapter's stack, not yet attached.
+
+    Raises:
+        UserError: as load_adapter.
+    """
     manifest = read_manifest(path)
     stack = read_stack(manifest, f"{path}/coeft.json")
     num_outputs = outputs(manifest, read_class_names(path))
@@ -260,9 +272,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> n
         check_base(manifest["base_model"], fingerprint(model, backbone.head), str(path))
     if backbone.kind == "timm":
         model.reset_classifier(num_outputs)  # type: ignore[operator]
-    stack.attach(backbone, seed=0)
-    fill(path, backbone, stack)
-    return model.eval()
+    return backbone, stack
 
 
 def _describe(model: nn.Module, kind: Any) -> Backbone:

@@ -30,13 +30,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from coeft.attention.mixer import CoeffMixer
-from coeft.attention.site import AttentionSite
+from coeft.attention.site import AttentionSite, drop_hooks
 from coeft.errors import UserError
 
 log = logging.getLogger("coeft")
 
 ROUTE = "maps (AttentionInterface)"
 EAGER, SDPA, PROBE = "coeft_eager", "coeft_sdpa", "coeft_probe"
+BEFORE = "attention_before_coeff"  # attribute of a model with mixers: its configs and what each ran before
 
 # model_type -> (families, which attention layers there are, by their names). These have a small model in the tests.
 TESTED = {
@@ -119,6 +120,7 @@ class _Call:
 
 
 _calls: list[_Call] = []  # of the probe that runs
+_probing = False  # mixers that are there already rest in a probe
 
 
 def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> tuple[list[AttentionSite], str | None]:
@@ -285,9 +287,11 @@ def _mistakes(top: nn.Module, calls: list[_Call], names: Mapping[int, str], inpu
 
 def _probe(top: PreTrainedModel, inputs: Mapping[str, Any]) -> list[_Call]:
     """What a forward asks the interface for, in order."""
+    global _probing
     modes = [(module, module.training) for module in top.modules()]
     before = [(config, config._attn_implementation) for config in _configs(top)]
     _calls.clear()
+    _probing = True
     try:
         for config, _ in before:
             config._attn_implementation = PROBE
@@ -297,6 +301,7 @@ def _probe(top: PreTrainedModel, inputs: Mapping[str, Any]) -> list[_Call]:
             top(**inputs)
         return list(_calls)
     finally:
+        _probing = False
         _calls.clear()
         for config, name in before:
             config._attn_implementation = name
@@ -344,9 +349,22 @@ def _switch(top: PreTrainedModel) -> None:
     for other in sorted({str(name) for _, name in before} - {"eager", "sdpa", "None", EAGER, SDPA}):
         plain = "sdpa" if top._supports_sdpa else "eager"
         log.warning("%s gives no attention maps: layers of %s without coeff run %s", other, type(top).__name__, plain)
+    vars(top)[BEFORE] = before
     top.set_attn_implementation(_ours(top, top.config._attn_implementation))
     for config, name in before:  # parts may have run another attention than the whole
         config._attn_implementation = _ours(top, name)
+
+
+def remove_mixers(model: nn.Module) -> None:
+    """Take every mixer out of a transformers model: its layers run the attention that they ran before."""
+    for module in list(model.modules()):
+        if isinstance(module._modules.get("coeff_mix"), CoeffMixer):
+            drop_hooks(module._forward_pre_hooks, _on_start)
+            drop_hooks(module._forward_hooks, _on_end)
+            del module.coeff_mix
+    for top in model.modules():
+        for config, name in vars(top).pop(BEFORE, []):
+            config._attn_implementation = name
 
 
 def _ours(top: PreTrainedModel, name: str | None) -> str:
@@ -371,7 +389,7 @@ def _on_end(module: nn.Module, args: Any, output: Any) -> None:
         RuntimeError: it did not, so that the coefficients would silently have no effect.
     """
     mixer = cast(CoeffMixer, module.coeff_mix)
-    if not mixer.active:
+    if mixer.mixes and not mixer.active and not _probing:
         now = getattr(getattr(module, "config", None), "_attn_implementation", None)
         raise RuntimeError(
             f"{mixer.site}: the attention maps did not pass through the coeff mixer, so that the coefficients would "
@@ -408,7 +426,7 @@ def _attention(
     """
     eager = _eager_of(module)
     mixer = getattr(module, "coeff_mix", None)
-    if mixer is None:
+    if mixer is None or not mixer.mixes:
         return (base or eager)(module, query, key, value, attention_mask, **kwargs)
     mask = attention_mask
     if base is not None:

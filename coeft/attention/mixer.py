@@ -12,6 +12,36 @@ INITS = ("residual", "identity", "random")
 ROUTES = ("auto", "maps", "fused")
 
 
+def start(num_heads: int, init: str, device: torch.device | str | None = None) -> Tensor:
+    """The trained matrix (H, H) of a layer before training, by its init; see CoeffMixer."""
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, not {init!r}")
+    if init == "identity":
+        return torch.eye(num_heads, dtype=torch.float32, device=device)
+    coeff = torch.zeros(num_heads, num_heads, dtype=torch.float32, device=device)
+    return coeff.normal_(std=num_heads**-0.5) if init == "random" else coeff
+
+
+def to_alpha(coeff: Tensor, init: str) -> Tensor:
+    """alpha = alpha' - I of a trained matrix (H, H): what adapters hold, for every init."""
+    return coeff if init == "residual" else coeff - eye_like(coeff)
+
+
+def from_alpha(alpha: Tensor, init: str) -> Tensor:
+    """The trained matrix (H, H) of which to_alpha gives `alpha`."""
+    return alpha if init == "residual" else alpha + eye_like(alpha)
+
+
+def to_delta(coeff: Tensor, init: str, dropout: float, training: bool) -> Tensor:
+    """alpha' - I of one forward, (H, H), from the trained matrix: dropout falls on what is trained."""
+    return to_alpha(F.dropout(coeff, dropout, training), init)
+
+
+def eye_like(matrix: Tensor) -> Tensor:
+    """I in the size, type and device of a matrix (H, H)."""
+    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
 class CoeffMixer(nn.Module):
     """maps (B, H, N, M) -> mixed maps, where head g gets sum_h alpha'[g, h] * maps[:, h].
 
@@ -52,35 +82,37 @@ class CoeffMixer(nn.Module):
         super().__init__()
         if route not in ROUTES:
             raise ValueError(f"route must be one of {', '.join(ROUTES)}, not {route!r}")
-        if init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, not {init!r}")
         self.num_heads = num_heads
         self.dropout = dropout
         self.init = init
         self.site = site
         self.route = route
         self.active = False  # set by forward, so that the layer can tell whether its maps were mixed
-        alpha = torch.zeros(num_heads, num_heads, dtype=torch.float32, device=device)
-        if init == "identity":
-            alpha = torch.eye(num_heads, dtype=torch.float32, device=device)
-        elif init == "random":
-            alpha.normal_(std=num_heads**-0.5)
-        self.coeff_alpha = nn.Parameter(alpha)
+        self.had_fused_attn = False  # whether a layer of timm ran fused before the mixer came
+        self.aside = False  # whether that layer runs as it did before, because the mixer does not mix
+        self.coeff_alpha = self._trained(init, device)
+
+    def _trained(self, init: str, device: torch.device | str | None) -> Any:
+        return nn.Parameter(start(self.num_heads, init, device))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the layer's maps are mixed; False lets the layer run exactly as it did before the mixer came."""
+        return True
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, dropout={self.dropout}, init={self.init}"
 
     def alpha(self) -> Tensor:
         """alpha = alpha' - I without dropout, (H, H): what adapters hold and pictures show, for every init."""
-        return self.coeff_alpha if self.init == "residual" else self.coeff_alpha - self._identity()
+        return to_alpha(self.coeff_alpha, self.init)
 
     @torch.no_grad()
     def set_alpha(self, alpha: Tensor) -> None:
         """Set the coefficients so that alpha() gives `alpha`, (H, H)."""
         if alpha.shape != self.coeff_alpha.shape:
             raise ValueError(f"{self.site}: alpha is {list(alpha.shape)}, not {list(self.coeff_alpha.shape)}")
-        alpha = alpha.to(self.coeff_alpha)
-        self.coeff_alpha.copy_(alpha if self.init == "residual" else alpha + self._identity())
+        self.coeff_alpha.copy_(from_alpha(alpha.to(self.coeff_alpha), self.init))
 
     def forward(self, maps: Tensor, key: Tensor | None = None, value: Tensor | None = None, **options: Any) -> Tensor:
         """forward(maps) mixes maps; forward(query, key, value, **options of coeff_attention) is the whole attention."""
@@ -98,7 +130,7 @@ class CoeffMixer(nn.Module):
         # rounding, that of the mixed maps, while I + delta in half precision would lose every delta below 2^-8.
         with torch.autocast(maps.device.type, enabled=False):
             if maps.dtype not in (torch.bfloat16, torch.float16):
-                return ((delta + self._identity()).to(maps.dtype) @ flat).view(maps.shape)
+                return ((delta + eye_like(delta)).to(maps.dtype) @ flat).view(maps.shape)
             # A model wholly in half precision: delta apart from I, added in the float32 accumulator, so that only the
             # result is rounded. The maps themselves then hide deltas below about 2^-8, in the forward.
             delta = delta.to(maps.dtype).expand(maps.shape[0], -1, -1)
@@ -106,6 +138,8 @@ class CoeffMixer(nn.Module):
 
     def takes_all(self, items: int, tokens: int) -> bool:
         """Whether a layer that has both ways hands its whole attention over, for so many items and tokens."""
+        if not self.mixes:
+            return False
         if self.route == "auto":
             return prefers_blocks(items, self.num_heads, tokens, tokens)
         return self.route == "fused"
@@ -117,12 +151,12 @@ class CoeffMixer(nn.Module):
                 f"got {list(query.shape)}"
             )
         self.active = True
-        return coeff_attention(query, key, value, self._delta() + self._identity(), **options)
+        delta = self._delta()
+        return coeff_attention(query, key, value, delta + eye_like(delta), **options)
 
     def _delta(self) -> Tensor:
         """alpha' - I of one forward."""
-        dropped = F.dropout(self.coeff_alpha, self.dropout, self.training)
-        return dropped if self.init == "residual" else dropped - self._identity()
+        return to_delta(self.coeff_alpha, self.init, self.dropout, self.training)
 
     # The hooks of the attention layer. Bound methods of this module, so that a deep copy of the model acts on its own
     # mixers. `active` is False outside of a layer's forward; torch.compile guards on it without recompiling.
@@ -130,10 +164,13 @@ class CoeffMixer(nn.Module):
     def on_start(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the attention layer."""
         self.active = False
+        if self.had_fused_attn and self.mixes == self.aside:
+            self.aside = not self.mixes
+            vars(module)["fused_attn"] = self.aside
 
     def on_maps(self, module: nn.Module, args: Any, maps: Tensor) -> Tensor:
         """Forward hook of the module through which the layer's maps pass after softmax and dropout."""
-        return self(maps)
+        return self(maps) if self.mixes else maps
 
     def on_end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the attention layer: it must have called on_maps.
@@ -141,12 +178,9 @@ class CoeffMixer(nn.Module):
         Raises:
             RuntimeError: it did not, so that the coefficients would silently have no effect.
         """
-        if not self.active:
+        if self.mixes and not self.active:
             raise RuntimeError(
                 f"{self.site}: the attention maps did not pass through the coeff mixer, so that the coefficients would "
                 f"have no effect; fused_attn must stay False and attn_drop in place after attaching coeff"
             )
         self.active = False
-
-    def _identity(self) -> Tensor:
-        return torch.eye(self.num_heads, dtype=self.coeff_alpha.dtype, device=self.coeff_alpha.device)

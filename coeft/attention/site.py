@@ -1,7 +1,8 @@
 """An attention layer of a model, as methods that act on attention maps see it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -19,3 +20,9 @@ class AttentionSite:
     """How the maps are reached, as dry_run shows it, such as "maps (attn_drop)"."""
     install: Callable[[nn.Module], None]
     """install(mixer): make mixer(maps) act on the post-softmax maps (B, H, N, M) in every forward of the layer."""
+
+
+def drop_hooks(hooks: MutableMapping[int, Callable[..., Any]], hook: Callable[..., Any]) -> None:
+    """Take a hook out of the hooks of a module, such as module._forward_hooks."""
+    for key in [key for key, registered in hooks.items() if registered == hook]:
+        del hooks[key]

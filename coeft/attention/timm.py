@@ -17,7 +17,7 @@ from torch import nn
 
 from coeft.attention import timm_fused
 from coeft.attention.mixer import CoeffMixer
-from coeft.attention.site import AttentionSite
+from coeft.attention.site import AttentionSite, drop_hooks
 from coeft.errors import UserError
 
 ROUTE = "maps (attn_drop)"
@@ -200,9 +200,25 @@ def _install(name: str, module: nn.Module, mixer: nn.Module) -> None:
     fused = timm_fused.offer(module)
     module.add_module("coeff_mix", mixer)
     if hasattr(module, "fused_attn"):
+        mixer.had_fused_attn = bool(module.fused_attn)
         vars(module)["fused_attn"] = False
     cast(nn.Module, module.attn_drop).register_forward_hook(mixer.on_maps)
     if fused:
         timm_fused.install(module)
     module.register_forward_pre_hook(mixer.on_start)
     module.register_forward_hook(mixer.on_end)
+
+
+def remove_mixers(model: nn.Module) -> None:
+    """Take every mixer out of a timm model: its attention layers run as they did before, with their own forwards."""
+    for module in list(model.modules()):
+        mixer = module._modules.get("coeff_mix")
+        if not isinstance(mixer, CoeffMixer):
+            continue
+        drop_hooks(module._forward_pre_hooks, mixer.on_start)
+        drop_hooks(module._forward_hooks, mixer.on_end)
+        drop_hooks(cast(nn.Module, module.attn_drop)._forward_hooks, mixer.on_maps)
+        timm_fused.uninstall(module)
+        if hasattr(module, "fused_attn"):
+            vars(module)["fused_attn"] = mixer.had_fused_attn
+        del module.coeff_mix

@@ -33,6 +33,13 @@ def install(module: nn.Module) -> None:
     vars(module)["forward"] = partial(_forward, function, module)
 
 
+def uninstall(module: nn.Module) -> None:
+    """Give the module the forward of its class again, if it has the one of this file."""
+    installed = vars(module).get("forward")
+    if isinstance(installed, partial) and installed.func is _forward:
+        del vars(module)["forward"]
+
+
 def digest(cls: type[nn.Module]) -> str:
     """Of the source of a class's forward; empty if there is no source."""
     try:

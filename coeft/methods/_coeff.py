@@ -9,12 +9,11 @@ from torch import Tensor
 from coeft.adapt import Attachment, Place, copy_into, select_layers
 from coeft.attention.mixer import CoeffMixer
 from coeft.errors import UserError
+from coeft.methods.coeff import CONVENTION
 
 if TYPE_CHECKING:
     from coeft.backbones._backbone import Backbone
     from coeft.methods.coeff import Coeff
-
-CONVENTION = "alpha"  # files hold alpha, not I + alpha, whatever the init
 
 
 def attach(settings: Coeff, backbone: Backbone) -> Attachment:

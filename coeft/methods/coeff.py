@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from coeft.adapt import Attachment
     from coeft.backbones._backbone import Backbone
 
+CONVENTION = "alpha"  # adapters hold alpha, not I + alpha, whatever the init
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coeff(MethodSettings):
