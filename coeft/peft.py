@@ -103,7 +103,9 @@ class CoeffLayer(CoeffMixer, BaseTunerLayer):
     """The mixer `coeff_mix` of one attention layer, with a matrix for every named adapter.
 
     Active adapters add up: alpha' = I + sum of dropout(alpha). With none, or switched off, the layer runs as it did
-    before. State dicts hold alpha for every init, under `coeff_alpha.ADAPTER`.
+    before. What is trained is alpha = alpha' - I for every init, so that a file holds the parameter as it is, whoever
+    reads or writes it. With init=identity or random dropout still falls on the whole of alpha', but weight decay, which
+    CoeffMixer lets act on alpha' as well, acts on alpha.
     """
 
     adapter_layer_names = ("coeff_alpha",)
@@ -116,15 +118,13 @@ class CoeffLayer(CoeffMixer, BaseTunerLayer):
         self.inits: dict[str, str] = {}
         self.home = torch.device("cpu")
         """Where the attention layer was when an adapter was last added."""
-        self.register_state_dict_post_hook(_store_alpha)
-        self.register_load_state_dict_pre_hook(_read_alpha)
 
     def _trained(self, init: str, device: torch.device | str | None) -> Any:
         return nn.ParameterDict()
 
     def add(self, adapter: str, config: CoeffConfig, device: torch.device) -> None:
         """Give the layer a matrix under the name of an adapter; of the same name it is replaced."""
-        self.coeff_alpha[adapter] = nn.Parameter(start(self.num_heads, config.init, device))
+        self.coeff_alpha[adapter] = nn.Parameter(to_alpha(start(self.num_heads, config.init, device), config.init))
         self.dropouts[adapter], self.inits[adapter] = config.dropout, config.init
         self.home = device
 
@@ -137,18 +137,21 @@ class CoeffLayer(CoeffMixer, BaseTunerLayer):
 
     def alpha(self) -> Tensor:
         """The sum of the active adapters' alpha, (H, H)."""
-        matrices = [to_alpha(self.coeff_alpha[name], self.inits[name]) for name in self._acting()]
+        matrices = [self.coeff_alpha[name] for name in self._acting()]
         return torch.stack(matrices).sum(0) if matrices else torch.zeros(self.num_heads, self.num_heads)
 
     def set_alpha(self, alpha: Tensor) -> None:
         raise NotImplementedError("a layer of several adapters: load a state dict instead")
 
     def _delta(self) -> Tensor:
-        deltas = [
-            to_delta(self.coeff_alpha[name], self.inits[name], self.dropouts[name], self.training)
-            for name in self._acting()
-        ]
+        deltas = [self._delta_of(name) for name in self._acting()]
         return sum(deltas[1:], deltas[0])
+
+    def _delta_of(self, adapter: str) -> Tensor:
+        alpha, dropout, init = self.coeff_alpha[adapter], self.dropouts[adapter], self.inits[adapter]
+        if not self.training or not dropout:
+            return alpha
+        return to_delta(from_alpha(alpha, init), init, dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, dropout={self.dropouts}, init={self.inits}"
@@ -177,22 +180,6 @@ class CoeffLayer(CoeffMixer, BaseTunerLayer):
         """Called after weights were assigned to a layer that was built without any (low_cpu_mem_usage)."""
         if adapter_name in self.coeff_alpha:
             self.coeff_alpha[adapter_name] = self.coeff_alpha[adapter_name].to(device or self.home)
-
-
-def _store_alpha(layer: Any, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """State dict hook: alpha in the place of what is trained."""
-    for name, init in layer.inits.items():
-        key = f"{prefix}coeff_alpha.{name}"
-        if key in state and init != "residual":
-            state[key] = to_alpha(state[key], init)
-
-
-def _read_alpha(layer: Any, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    """The reverse of _store_alpha, before loading."""
-    for name, init in layer.inits.items():
-        key = f"{prefix}coeff_alpha.{name}"
-        if key in state and init != "residual":
-            state[key] = from_alpha(state[key], init)
 
 
 class CoeffModel(BaseTuner):

@@ -349,7 +349,7 @@ def _switch(top: PreTrainedModel) -> None:
     for other in sorted({str(name) for _, name in before} - {"eager", "sdpa", "None", EAGER, SDPA}):
         plain = "sdpa" if top._supports_sdpa else "eager"
         log.warning("%s gives no attention maps: layers of %s without coeff run %s", other, type(top).__name__, plain)
-    vars(top)[BEFORE] = before
+    vars(top).setdefault(BEFORE, before)
     top.set_attn_implementation(_ours(top, top.config._attn_implementation))
     for config, name in before:  # parts may have run another attention than the whole
         config._attn_implementation = _ours(top, name)
