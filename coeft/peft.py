@@ -30,7 +30,7 @@ from coeft.errors import UserError, near
 from coeft.methods.coeff import CONVENTION, Coeff
 
 NAME = "COEFF"
-OLDEST = (0, 18)
+OLDEST = (0, 21)
 # What is read in a parameter's name to tell that it is coeff's, `...coeff_mix.coeff_alpha.ADAPTER`; peft warns of an
 # adapter whose name is contained in it, and "coeff" is the name of the folder.
 KEY = "_mix."
@@ -39,10 +39,20 @@ OTHERS = "other_parts_need_coeft"
 SEPARATE_BIAS = "set_qkv_bias_separate_of_the_attention_to_true"
 
 
+# what CoeffModel and CoeffLayer override; in a peft that calls other names they would be passed by without a word
+OVERRIDDEN = {
+    "BaseTuner": (
+        "inject_adapter", "_prepare_adapter_config", "_check_target_module_exists", "_create_and_replace",
+        "_remap_adapter_state_dict_for_load", "merge_and_unload", "merge_adapter", "unload",
+    ),
+    "BaseTunerLayer": ("active_adapters", "disable_adapters", "merge", "unmerge", "delete_adapter"),
+}  # fmt: skip
+
+
 def _missing(what: str, error: Exception | None = None) -> UserError:
     why = f" ({error})" if error else ""
     return UserError(
-        f"coeft cannot register {NAME} with peft {peft.__version__}: {what}{why}; coeft needs peft "
+        f"coeft cannot register {NAME} with peft {peft.__version__}: {what}{why}; coeft.peft needs peft "
         f"{'.'.join(map(str, OLDEST))} or later and was tested with 0.21.2. coeft.load_adapter(model, path) and "
         "training with coeft do without peft"
     )
@@ -488,6 +498,10 @@ def _inject(model: nn.Module, folder: Path, name: str, is_trainable: bool) -> No
 
 def _register() -> None:
     """Make COEFF a peft type: a member of the enum PeftType, which peft's own register_peft_method asks for."""
+    for cls in (BaseTuner, BaseTunerLayer):
+        for name in OVERRIDDEN[cls.__name__]:
+            if not hasattr(cls, name):
+                raise _missing(f"its {cls.__name__} has no {name}")
     if NAME not in PeftType.__members__:
         _add_member()
     if PeftType(NAME) in PEFT_TYPE_TO_TUNER_MAPPING:
