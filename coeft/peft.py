@@ -348,7 +348,7 @@ def _named(names: Sequence[str], wanted: Iterable[str] | str) -> list[int]:
 def probe(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Any:
     """The model's output for a batch, in eval mode, when every active mixer was called.
 
-    A layer that is called but bypasses its mixer is an error in any forward; this also finds layers that are not called.
+    A layer that bypasses its mixer is an error in any forward; this also finds layers that are not called.
 
     Args:
         inputs: images (B, C, H, W), or the keyword arguments of the model's forward.
