@@ -243,7 +243,7 @@ class CoeffModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
         site = self._chosen[current_key]
         layer = getattr(target, "coeff_mix", None)
@@ -359,7 +359,11 @@ def probe(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Any:
     probes = [("coeff", name, layer) for name, layer in _layers(model).items() if layer.mixes]
     if not probes:
         raise UserError(f"{type(model).__name__} has no active coeff adapter")
-    return check_called(model, probes, inputs, type(model).__name__)
+
+    def run() -> Any:
+        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+    return check_called(model, probes, run, type(model).__name__)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -403,8 +407,8 @@ def load(
     main, *others = folders
     if others and adapter_name == "coeff":
         raise UserError("adapter_name: 'coeff' is the name of the coeff part; take another one")
-    for folder in others:
-        _inject(model, path / folder, folder, is_trainable)
+    for name in others:
+        _inject(model, path / name, name, is_trainable)
     # kept aside, since peft warns of configs that it finds
     configs = vars(model).pop("peft_config", {})
     folder = path / main
@@ -510,13 +514,13 @@ def _register() -> None:
         register_peft_method(name=NAME.lower(), config_cls=CoeffConfig, model_cls=CoeffModel, prefix=KEY)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise _missing("peft refuses it", error) from error
-    if PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME) is not CoeffConfig:
+    if PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType(NAME)) is not CoeffConfig:
         raise _missing("it was registered, but peft does not find it")
 
 
 def _add_member() -> None:
     try:
-        member = str.__new__(PeftType, NAME)
+        member: Any = str.__new__(PeftType, NAME)
         member._name_ = member._value_ = NAME
         member._sort_order_ = len(PeftType)
         member.__objclass__ = PeftType

@@ -533,7 +533,7 @@ def exported(name: str, path: Path, methods: tuple[str, ...] = ("coeff", "lora")
     for owned in [*stack.parameters().values(), backbone.head_parameters()]:
         for parameter in owned.values():
             parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    save_adapter(path, backbone, stack, base=base, class_names=classes, card="")
+    save_adapter(path, backbone, stack, base=base, num_outputs=len(classes), class_names=classes, card="")
     return answer(model.eval(), name)
 
 
