@@ -367,7 +367,13 @@ def probe(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Any:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take every coeff mixer out of a model, in place, whatever put it there; other methods of peft stay."""
+    """Take every coeff mixer out of a model, in place, whatever put it there; other methods of peft stay.
+
+    Raises:
+        UserError: it is a PeftModel of coeff alone, which has its own unload().
+    """
+    if isinstance(model, PeftModel) and isinstance(model.base_model, CoeffModel):
+        raise UserError("a PeftModel of coeff alone: take model.unload(), which gives the base model back")
     remove_mixers(model)
     configs = getattr(model, "peft_config", {})
     for name in [name for name, config in configs.items() if config.peft_type == NAME]:

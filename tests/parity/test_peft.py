@@ -334,6 +334,16 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_a_compiled_model_follows_the_switch() -> None:
+    model = tuned("timm_vit", layers=[0])
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(inputs_of("timm_vit")), answer(model, "timm_vit"))
+        with model.disable_adapter():
+            torch.testing.assert_close(compiled(inputs_of("timm_vit")), answer(plain("timm_vit"), "timm_vit"))
+        torch.testing.assert_close(compiled(inputs_of("timm_vit")), answer(model, "timm_vit"))
+
+
 def test_it_is_never_silently_inactive() -> None:
     model = tuned("llama")
     model.get_base_model().set_attn_implementation("sdpa")
@@ -659,6 +669,14 @@ def test_lora_can_be_put_upon_coeff_by_hand_and_both_are_trained(tmp_path: Path)
     coeft.peft.save(model, tmp_path)
     loaded = coeft.peft.load(plain("llama"), tmp_path)
     assert torch.equal(answer(loaded, "llama"), expected)
+    alone = get_peft_model(plain("llama"), CoeffConfig())
+    draw(parameters(alone).values())
+    model.set_adapter("coeff")
+    assert torch.equal(answer(model, "llama"), answer(alone.eval(), "llama"))
+    model.set_adapter("default")
+    assert torch.equal(answer(model, "llama"), expected)
+    with pytest.raises(UserError, match="of coeff alone: take model.unload()"):
+        coeft.peft.unload(alone)
     with pytest.warns(UserWarning, match="keeps its coeff mixers"):
         merged = model.merge_and_unload()
     torch.testing.assert_close(answer(merged, "llama"), expected, rtol=1e-3, atol=1e-4)
