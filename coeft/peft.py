@@ -38,7 +38,6 @@ KEY = "_mix."
 OTHERS = "other_parts_need_coeft"
 SEPARATE_BIAS = "set_qkv_bias_separate_of_the_attention_to_true"
 
-
 # what CoeffModel and CoeffLayer override; in a peft that calls other names they would be passed by without a word
 OVERRIDDEN = {
     "BaseTuner": (
@@ -148,10 +147,19 @@ class CoeffLayer(CoeffMixer, BaseTunerLayer):
     def alpha(self) -> Tensor:
         """The sum of the active adapters' alpha, (H, H)."""
         matrices = [self.coeff_alpha[name] for name in self._acting()]
-        return torch.stack(matrices).sum(0) if matrices else torch.zeros(self.num_heads, self.num_heads)
+        return (
+            torch.stack(matrices).sum(0) if matrices else torch.zeros(self.num_heads, self.num_heads, device=self.home)
+        )
 
+    @torch.no_grad()
     def set_alpha(self, alpha: Tensor) -> None:
-        raise NotImplementedError("a layer of several adapters: load a state dict instead")
+        """Set the matrix, (H, H), of the one active adapter."""
+        acting = self._acting()
+        if len(acting) != 1:
+            raise ValueError(f"{self.site}: {len(acting)} adapters are active, not one")
+        if alpha.shape != self.coeff_alpha[acting[0]].shape:
+            raise ValueError(f"{self.site}: alpha is {list(alpha.shape)}, not {[self.num_heads] * 2}")
+        self.coeff_alpha[acting[0]].copy_(alpha)
 
     def _delta(self) -> Tensor:
         deltas = [self._delta_of(name) for name in self._acting()]

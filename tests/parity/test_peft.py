@@ -235,6 +235,9 @@ def test_named_adapters_live_side_by_side(name: str, tmp_path: Path) -> None:
     for adapter, output in zip(("default", "second", "third", "default"), [*expected, expected[0]], strict=True):
         model.set_adapter(adapter)
         assert torch.equal(answer(model, name), output), adapter
+        for mixer in (m for m in model.modules() if isinstance(m, CoeffLayer) and m.mixes):
+            mixer.set_alpha(mixer.alpha().clone())
+        assert torch.equal(answer(model, name), output), adapter
         trained = {key for key, p in parameters(model).items() if p.requires_grad}
         assert trained == {key for key in parameters(model) if key.endswith(f" {adapter}")}
         with model.disable_adapter():
@@ -253,6 +256,8 @@ def test_named_adapters_live_side_by_side(name: str, tmp_path: Path) -> None:
     model.base_model.set_adapter(["second", "third"])  # deltas of active adapters add up
     layer = next(m for m in model.modules() if isinstance(m, CoeffLayer))
     torch.testing.assert_close(layer.alpha(), layer.coeff_alpha["second"] + layer.coeff_alpha["third"])
+    with pytest.raises(ValueError, match="2 adapters are active, not one"):
+        layer.set_alpha(layer.alpha())
     assert not torch.equal(answer(model, name), expected[1])
     with pytest.raises(ValueError, match="'third' already exists"):
         model.add_adapter("third", CoeffConfig())
