@@ -7,12 +7,11 @@ import logging
 import os
 import pickle
 import re
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from coeft.attention.site import AttentionSite
 from coeft.attention.timm import find_sites
 from coeft.backbones._backbone import Backbone, Preprocessing
+from coeft.backbones._network import NETWORK_SECONDS, in_time
 from coeft.errors import UserError, near
 from coeft.seeding import reseed
 
@@ -32,15 +32,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("coeft")
 
-NETWORK_SECONDS = 5.0  # without a network the answer must come within ten seconds, imports included
 PACKAGE = "package://"
 
 UNREADABLE = (
     pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, AttributeError, TypeError,
     KeyError, IndexError,
 )  # fmt: skip
-
-T = TypeVar("T")
 
 
 def build(settings: Timm, num_classes: int, seed: int, image_size: int | Sequence[int] | None) -> Backbone:
@@ -345,7 +342,7 @@ def _from_hub(name: str, repository: str) -> dict[str, Tensor]:
         # Downloads retry for long: ask first, once, whether the hub answers.
         url = hf_hub_url(repository, file, revision=revision or None)
         try:
-            _in_time(partial(get_hf_file_metadata, url, timeout=NETWORK_SECONDS))
+            in_time(partial(get_hf_file_metadata, url, timeout=NETWORK_SECONDS))
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):
                 raise _offline(name, repository, str(error)) from None
@@ -368,31 +365,10 @@ def _from_url(name: str, url: str, file: str) -> dict[str, Tensor]:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / file
     if not cached.is_file():
         try:
-            _in_time(lambda: urlopen(Request(url, method="HEAD"), timeout=NETWORK_SECONDS).close())
+            in_time(lambda: urlopen(Request(url, method="HEAD"), timeout=NETWORK_SECONDS).close())
             log.info("downloading the weights of %s from %s", name, url)
             cached.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(cached), progress=False)
         except Exception as error:
             raise _offline(name, url, str(error)) from None
     return _read(cached)
-
-
-def _in_time(call: Callable[[], T], seconds: float = NETWORK_SECONDS + 1) -> T:
-    """call(), or TimeoutError: looking up a name has no time limit of its own, and may block for a minute."""
-    outcome: list[tuple[T | None, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((call(), None))
-        except BaseException as error:  # handed to the caller below
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    result, problem = outcome[0]
-    if problem is not None:
-        raise problem
-    return result  # type: ignore[return-value]

@@ -255,7 +255,7 @@ def test_a_silent_network_is_given_up(empty_cache: Path, monkeypatch: pytest.Mon
     from coeft.backbones import _timm
 
     monkeypatch.setattr(_timm, "NETWORK_SECONDS", 0.1)
-    monkeypatch.setattr(_timm._in_time, "__defaults__", (0.2,))
+    monkeypatch.setattr(_timm.in_time, "__defaults__", (0.2,))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(3))
     with pytest.raises(UserError, match=f"no answer within.*{WAYS_OUT}"):
         Timm(name=NAME).build(10, 0)
