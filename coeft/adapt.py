@@ -361,7 +361,7 @@ def _replace(model: nn.Module, old: nn.Linear, new: nn.Linear) -> None:
 def linear_layers(backbone: Backbone) -> dict[str, nn.Linear]:
     """Full name -> linear layer of the base model, in the order of its modules; without the head's."""
     layers: dict[str, nn.Linear] = {}
-    hidden = [backbone.head]  # and the insides of adapted layers
+    hidden = list(backbone.heads)  # and the insides of adapted layers
     for name, module in backbone.model.named_modules():
         if isinstance(module, nn.Linear) and not _inside(name, hidden):
             layers[name] = module

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,18 @@ STOCK = ("LORA",)  # peft_type that stock peft loads; it goes to the top of the 
 SAMPLE = 32  # values of each tensor that the fingerprint reads
 
 
-def fingerprint(model: nn.Module, head: str) -> dict[str, Any]:
+def fingerprint(model: nn.Module, head: str | Sequence[str]) -> dict[str, Any]:
     """Names and shapes of a base model's parameters, and a hash over a fixed sample of their values as bf16.
 
     Leaves out the head, position embeddings (they follow the image size) and integer (quantised) weights.
+
+    Args:
+        head: name of the module that is the head, or of several.
     """
+    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
     shapes, digest = {}, hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if (head and name.startswith(f"{head}.")) or "pos_embed" in name or not parameter.is_floating_point():
+        if name.startswith(heads) or "pos_embed" in name or not parameter.is_floating_point():
             continue
         shapes[name] = list(parameter.shape)
         flat = parameter.detach().flatten()
@@ -239,9 +243,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> n
     """Restore an adapter on its base model, in place: every method of the stack, and the head.
 
     Args:
-        model: the pre-trained model the adapter was trained on, as timm builds it or transformers loads it. The head
-            of a timm model may have any number of classes; it is replaced by the adapter's. A classifier of
-            transformers must be there already, with as many classes (num_labels).
+        model: the pre-trained model the adapter was trained on, as timm builds it or transformers loads it. Its head
+            may have any number of outputs; it is replaced by the adapter's.
         path: an adapter folder, as `coeft export adapter` writes it.
         check: refuse a base model whose names, shapes or weights differ from those it was trained on.
 
@@ -267,20 +270,29 @@ def open_adapter(model: nn.Module, path: Path, *, check: bool) -> tuple[Backbone
     manifest = read_manifest(path)
     stack = read_stack(manifest, f"{path}/coeft.json")
     num_outputs = outputs(manifest, read_class_names(path))
-    backbone = _describe(model, manifest["base_model"].get("kind"))
+    backbone = _describe(model, manifest["base_model"].get("kind"), path)
     if check:
-        check_base(manifest["base_model"], fingerprint(model, backbone.head), str(path))
+        check_base(manifest["base_model"], fingerprint(model, backbone.heads), str(path))
     if backbone.kind == "timm":
         model.reset_classifier(num_outputs)  # type: ignore[operator]
+    elif backbone.head and num_outputs:
+        backbone.new_head(num_outputs, 0)
     return backbone, stack
 
 
-def _describe(model: nn.Module, kind: Any) -> Backbone:
-    """The facts of a model of the kind that an adapter was made for."""
+def _describe(model: nn.Module, kind: Any, path: Path) -> Backbone:
+    """The facts of a model of the kind that an adapter was made for, the modules that its head holds among them."""
     if kind == "hf":
         from coeft.backbones._hf import describe as describe_hf
+        from coeft.backbones._hf import head_name
 
-        return describe_hf(model)
+        file = path / "head.safetensors"
+        stored = read_tensors(file)[0] if file.exists() else {}
+        own = {name.rpartition(".")[0] for name in stored if not name.startswith(f"{head_name(model)}.")}
+        modules = dict(model.named_modules())
+        if strays := sorted(own - set(modules)):
+            raise UserError(f"{file}: the model has no {', '.join(strays)}")
+        return describe_hf(model, drawn=sorted(own))
     from coeft.backbones._timm import describe
 
     return describe(model)

@@ -50,12 +50,14 @@ def encoder(cfg: TrainConfig, backbone: Backbone) -> Encoder:
     if backbone.modality == "image":
         assert backbone.preprocessing is not None
         return ImageEncoder(backbone.preprocessing)
+    if backbone.tokenizer is None:
+        raise UserError(f"{backbone.name} comes without a tokenizer: add its files (tokenizer.json) to the folder")
     return cfg.task.encoder(cfg.data, backbone)
 
 
 def assemble(cfg: TrainConfig, backbone: Backbone, num_outputs: int, *, fold: int = 0) -> Assembled:
     """Give a base model a fresh head and attach the stack, both drawn from the fold's own seed."""
-    base = adapter_io.fingerprint(backbone.model, backbone.head)
+    base = adapter_io.fingerprint(backbone.model, backbone.heads)
     if num_outputs:
         backbone.new_head(num_outputs, derive(cfg.seed, "fold", fold))
     stack = Stack(dict(cfg.peft))
@@ -84,7 +86,7 @@ def restore(cfg: TrainConfig, adapter: Path) -> tuple[Assembled, list[str]]:
     class_names = adapter_io.read_class_names(adapter)
     backbone = build_backbone(cfg)
     adapter_io.check_base(
-        manifest["base_model"], adapter_io.fingerprint(backbone.model, backbone.head), f"the adapter {adapter}"
+        manifest["base_model"], adapter_io.fingerprint(backbone.model, backbone.heads), f"the adapter {adapter}"
     )
     built = assemble(cfg, backbone, adapter_io.outputs(manifest, class_names))
     adapter_io.fill(adapter, built.backbone, built.stack)

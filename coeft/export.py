@@ -58,7 +58,7 @@ def export_weights(path: str | Path, out: Path) -> Path:
     left = merge(built.backbone, built.stack)
     if left:
         raise UserError(f"{run.path}: {', '.join(left)} cannot be folded into the base model's weights")
-    head = built.backbone.head
+    heads = tuple(f"{head}." for head in built.backbone.heads)
     state = built.backbone.model.state_dict()
-    write_tensors(out, {name: state[name] for name in state if not name.startswith(f"{head}.")}, {"format": "pt"})
+    write_tensors(out, {name: state[name] for name in state if not name.startswith(heads)}, {"format": "pt"})
     return out

@@ -69,12 +69,18 @@ class Backbone:
         channels = len(self.preprocessing.mean)
         return {"pixel_values": torch.zeros(1, channels, *self.preprocessing.image_size, dtype=torch.uint8)}
 
+    @property
+    def heads(self) -> list[str]:
+        """Names of the modules that are drawn, trained and stored for the task: the head, if there is one."""
+        return [self.head] if self.head else []
+
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Full name -> parameter of the task head; nothing where there is none."""
-        if not self.head:
-            return {}
-        module = self.model.get_submodule(self.head)
-        return {f"{self.head}.{name}": parameter for name, parameter in module.named_parameters()}
+        return {
+            f"{head}.{name}": parameter
+            for head in self.heads
+            for name, parameter in self.model.get_submodule(head).named_parameters()
+        }
 
     def new_head(self, num_outputs: int, seed: int) -> None:
         """Replace the task head by a fresh one, drawn from the seed as the model's own code draws it."""

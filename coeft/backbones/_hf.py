@@ -40,8 +40,8 @@ log = logging.getLogger("coeft")
 
 # what transformers calls the classifier of ...ForSequenceClassification, ...ForImageClassification and their like
 HEADS = ("classifier", "score", "classification_head")
-# what of a batch goes to the model, where its forward takes it
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_values")
+# of a batch, what a model's forward takes but coeft's losses look after
+NOT_INPUTS = ("labels", "return_loss")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,16 +59,8 @@ class HFBackbone(Backbone):
 
     @property
     def heads(self) -> list[str]:
-        """Names of the modules that belong to the task."""
-        return [*([self.head] if self.head else []), *self.drawn]
-
-    def head_parameters(self) -> dict[str, nn.Parameter]:
-        """Full name -> parameter of the classifier and what is drawn with it; nothing where there is none."""
-        return {
-            f"{head}.{name}": parameter
-            for head in self.heads
-            for name, parameter in self.model.get_submodule(head).named_parameters()
-        }
+        """The classifier, and what is drawn with it."""
+        return [*super().heads, *self.drawn]
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The logits of a batch: (B, num_outputs) of a classifier, (B, T, vocabulary) of a language model.
@@ -79,14 +71,16 @@ class HFBackbone(Backbone):
         """
         model = cast(Any, self.model)
         takes = inspect.signature(model.forward).parameters
-        inputs: dict[str, Any] = {key: batch[key] for key in INPUTS if key in batch and key in takes}
+        inputs: dict[str, Any] = {key: v for key, v in batch.items() if key in takes and key not in NOT_INPUTS}
         if "pixel_values" in inputs:
             inputs |= {"pixel_values": inputs["pixel_values"].to(model.dtype)} | self.image_options
         if self._is_causal and "position_ids" in takes and "position_ids" not in inputs and "attention_mask" in inputs:
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         if "use_cache" in takes:
             inputs["use_cache"] = False
-        return model(**inputs).logits
+        output = model(**inputs)
+        logits: Tensor = output["logits"] if "logits" in output else output[0]
+        return logits
 
     @property
     def _is_causal(self) -> bool:
@@ -156,7 +150,8 @@ def build(settings: HF, num_classes: int, seed: int, image_size: int | Sequence[
         if not model.supports_gradient_checkpointing:
             raise UserError(f"backbone.gradient_checkpointing: {type(model).__name__} has no way to do it")
         # reentrant checkpoints would give no gradients behind frozen embeddings
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # 5.23 renames
+        enable({"use_reentrant": False})
     backbone = describe(model, name=settings.name)
     backbone.drawn = drawn
     if backbone.modality == "image":

@@ -227,7 +227,8 @@ def _check_config(path: Path, trust_remote_code: bool) -> None:
     if not isinstance(kind, str):
         raise UserError(f"{path}: 'model_type' is missing, so that it is no config of a transformers model")
     raise UserError(
-        f"{path}: transformers {transformers.__version__} has no model_type {kind!r}; {near(kind, CONFIG_MAPPING_NAMES)}"
+        f"{path}: transformers {transformers.__version__} has no model_type {kind!r}; "
+        f"{near(kind, CONFIG_MAPPING_NAMES)}"
     )
 
 

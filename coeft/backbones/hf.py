@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING as DATACLASS_MISSING
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
@@ -30,7 +32,8 @@ class HF:
     name: str = MISSING
     """A model of the Hugging Face hub, OWNER/NAME, or a folder with config.json."""
     pretrained: bool = True
-    """false starts from random weights drawn from the seed; config and tokenizer still come from `weights` or `name`."""
+    """false starts from random weights drawn from the seed; config and tokenizer still come from `weights` or
+    `name`."""
     weights: str | None = None
     """A local copy that stands for `name`: a folder, a GGUF file (coeft[gguf]; its weights are dequantised), or a
     safetensors file; what a safetensors file lacks (config, tokenizer) comes from its folder, else from `name`. null
@@ -88,3 +91,25 @@ class HF:
         from coeft.backbones._hf import build
 
         return build(self, num_classes, seed, image_size, head)
+
+    def code(self, image_size: int | tuple[int, int] | list[int] | None = None, *, head: str = "classifier") -> str:
+        """The lines of Python that make this base model, for a model card. Its local files are named, not pathed."""
+        changed = {
+            spec.name: value
+            for spec in fields(self)
+            if spec.name not in ("kind", "name", "weights") and (value := getattr(self, spec.name)) != _default(spec)
+        }
+        local = self.weights or (self.name if Path(self.name).expanduser().exists() else None)
+        given = {"name": Path(self.name).name if local == self.name else self.name}
+        arguments = [f"{key}={value!r}" for key, value in {**given, **changed}.items()]
+        if self.weights:
+            arguments.append(f"weights={Path(self.weights).name!r}")
+        options = ["image_size=" + repr(image_size)] if image_size is not None else []
+        options += [f"head={head!r}"] if head != "classifier" else []
+        lines = "from coeft.backbones.hf import HF\n\n"
+        lines += f"model = HF({', '.join(arguments)}).build({', '.join(['0', 'seed=0', *options])}).model"
+        return lines + (f"\n# {Path(local).name}: the path of your copy" if local else "")
+
+
+def _default(spec: Any) -> Any:
+    return spec.default_factory() if spec.default is DATACLASS_MISSING else spec.default

@@ -12,7 +12,8 @@ from coeft.errors import UserError
 
 def outside_head(names: list[str], backbone: Backbone) -> list[str]:
     """Those names that do not belong to the task head."""
-    return [name for name in names if not name.startswith(f"{backbone.head}.")]
+    heads = tuple(f"{head}." for head in backbone.heads)
+    return [name for name in names if not name.startswith(heads)]
 
 
 def unfreeze(
