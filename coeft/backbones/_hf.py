@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -129,23 +130,8 @@ def build(settings: HF, num_classes: int, seed: int, image_size: int | Sequence[
     size = checked_size(image_size)
     quantization = _quantization(settings)
     source = files.find_source(settings)
-    config = files.load_config(source, settings.options, trust_remote_code=settings.trust_remote_code)
-    config.gradient_checkpointing = False  # as the settings say, below
-    loader = _loader(config, head, settings)
-    if head == "classifier":
-        config.num_labels = num_classes or 1
-    dtype = _dtype(settings.dtype)
-    model_class = _class(loader, config, settings, source)
-    reseed(seed, "backbone")
-    drawn: tuple[str, ...] = ()
-    if settings.pretrained:
-        if quantization is not None and source.gguf is not None:
-            raise UserError("backbone.quantization: the weights of a GGUF file are quantised already; leave it out")
-        model, drawn = _load(model_class, source, config, dtype, quantization, settings)
-    else:
-        with files.quiet():
-            model = model_class._from_config(config, dtype=dtype)
-        model.eval()
+    with files.reading_once() if source.gguf else contextlib.nullcontext():
+        model, drawn = _model(settings, source, num_classes, seed, head, quantization)
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"backbone.gradient_checkpointing: {type(model).__name__} has no way to do it")
@@ -166,6 +152,26 @@ def build(settings: HF, num_classes: int, seed: int, image_size: int | Sequence[
         if num_classes:
             backbone.new_head(num_classes, seed)
     return backbone
+
+
+def _model(
+    settings: HF, source: files.Source, num_classes: int, seed: int, head: str, quantization: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """The model with its weights, in eval mode, and the modules to be drawn with its classifier."""
+    config = files.load_config(source, settings.options, trust_remote_code=settings.trust_remote_code)
+    config.gradient_checkpointing = False  # as the settings say
+    loader = _loader(config, head, settings)
+    if head == "classifier":
+        config.num_labels = num_classes or 1
+    dtype = _dtype(settings.dtype)
+    model_class = _class(loader, config, settings, source)
+    reseed(seed, "backbone")
+    if not settings.pretrained:
+        with files.quiet():
+            return model_class._from_config(config, dtype=dtype).eval(), ()
+    if quantization is not None and source.gguf is not None:
+        raise UserError("backbone.quantization: the weights of a GGUF file are quantised already; leave it out")
+    return _load(model_class, source, config, dtype, quantization)
 
 
 def describe(
@@ -278,7 +284,7 @@ def _class(loader: Any, config: Any, settings: HF, source: files.Source) -> Any:
 
 
 def _load(
-    model_class: Any, source: files.Source, config: Any, dtype: torch.dtype, quantization: Any, settings: HF
+    model_class: Any, source: files.Source, config: Any, dtype: torch.dtype, quantization: Any
 ) -> tuple[Any, tuple[str, ...]]:
     """The model with every weight from its files but the head's, and the modules that are drawn with the head.
 

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -300,6 +300,24 @@ def quiet() -> Iterator[None]:
         theirs.set_verbosity(level)
         if bars:
             theirs.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def reading_once() -> Iterator[None]:
+    """transformers reads a GGUF file's header anew for the config and the weights, and the table of tensor names for
+    every module, both many seconds; inside this context each is read once.
+    """
+    if find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(before[0]), cache(before[1])
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
 def _short(error: BaseException) -> str:

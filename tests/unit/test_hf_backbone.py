@@ -24,13 +24,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
+import coeft
 from coeft.adapt import Stack
-from coeft.adapter_io import fingerprint
+from coeft.adapter_io import fingerprint, save_adapter
 from coeft.backbones import _hf_files, _network
 from coeft.backbones._hf import HFBackbone
 from coeft.backbones._hf_images import from_processor
 from coeft.backbones.hf import HF
 from coeft.errors import UserError
+from coeft.methods.bitfit import BitFit
 from coeft.methods.coeff import Coeff
 from coeft.methods.lora import LoRA
 
@@ -543,3 +545,32 @@ def test_minilm_loads_with_its_tokenizer() -> None:
         plain.get_parameter(name).data.copy_(parameter)
     with torch.no_grad():
         assert torch.equal(backbone.forward(batch), plain(**batch).logits)
+
+
+def test_an_adapter_restores_what_was_drawn_with_the_head(folder: Any, tmp_path: Path) -> None:
+    model = changed(folder("bert"), tmp_path / "model", state=without("pooler"))
+    backbone = built(model, 4)
+    base = fingerprint(backbone.model, backbone.heads)
+    stack = Stack({"coeff": Coeff(), "bitfit": BitFit()})
+    stack.attach(backbone, 0)
+    draw = torch.Generator().manual_seed(0)
+    for parameters in [*stack.parameters().values(), backbone.head_parameters()]:
+        for parameter in parameters.values():
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+    save_adapter(tmp_path / "adapter", backbone, stack, base=base, num_outputs=4, class_names=list("abcd"), card="")
+    inputs = tiny_inputs("bert")
+    plain = transformers.BertForSequenceClassification.from_pretrained(model)  # two labels, another pooler
+    with torch.no_grad():
+        restored = coeft.load_adapter(plain, tmp_path / "adapter")
+        assert torch.equal(restored(**inputs).logits, backbone.forward(inputs))
+
+
+def test_the_code_of_a_model_card_builds_the_same_model(folder: Any) -> None:
+    settings = HF(name="someone/bert", weights=str(folder("bert")), dtype="bf16", options={"hidden_dropout_prob": 0.2})
+    code = settings.code()
+    assert code.endswith(f"\n# {folder('bert').name}: the path of your copy") and str(folder("bert").parent) not in code
+    space: dict[str, Any] = {}
+    exec(code.replace(folder("bert").name, str(folder("bert"))), space)
+    expected = settings.build(0, 0)
+    assert space["model"].dtype == torch.bfloat16 and space["model"].config.hidden_dropout_prob == 0.2
+    assert fingerprint(space["model"], "classifier") == fingerprint(expected.model, "classifier")

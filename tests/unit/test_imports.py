@@ -12,9 +12,7 @@ import coeft
 CHECKOUT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("coeft", "cli") for path in (CHECKOUT / folder).rglob("*.py"))
 # packages that settings may not pull in: a config error must answer at once
-HEAVY = (
-    "torch torchvision numpy lightning timm transformers peft datasets sklearn matplotlib torchmetrics wandb PIL optuna"
-)
+HEAVY = "torch torchvision numpy lightning timm transformers peft datasets sklearn matplotlib torchmetrics wandb PIL optuna gguf"
 # package -> the only places that may import it, late or not
 PLACES = {
     "hydra": ["cli/"],
@@ -23,6 +21,7 @@ PLACES = {
     "transformers": ["coeft/backbones/", "coeft/attention/", "coeft/data/"],
     "matplotlib": ["coeft/plots.py", "coeft/report/", "coeft/sweep/plots.py"],
     "datasets": ["coeft/data/"],
+    "gguf": ["coeft/backbones/"],
     "wandb": ["coeft/loggers/"],
     "optuna": ["coeft/sweep/"],
 }
