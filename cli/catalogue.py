@@ -55,6 +55,7 @@ def list_main(argv: list[str]) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if arguments.what == "backbones":
         print("any timm model: backbone=timm backbone.name=NAME", file=sys.stderr)
+        print("any model of transformers: backbone=hf backbone.name=OWNER/NAME or a folder", file=sys.stderr)
     return 0
 
 

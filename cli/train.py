@@ -79,6 +79,8 @@ def _shown(config: TrainConfig, package: str | None) -> str:
 def _run(composition: Composition) -> None:
     for config in (composition.members or {"": composition.config}).values():
         config.data.check()  # before torch is imported, so that missing data is told at once
+        if hasattr(config.backbone, "check"):  # missing models likewise
+            config.backbone.check()
     if composition.config.dry_run:
         from coeft.dry_run import dry_run
 

@@ -31,6 +31,7 @@ from coeft.attention.site import AttentionSite
 from coeft.backbones import _hf_files as files
 from coeft.backbones._backbone import Backbone
 from coeft.backbones._hf_images import checked_size, preprocessing, way_to_size
+from coeft.backbones._hf_source import Source, find_source
 from coeft.errors import UserError
 from coeft.seeding import reseed
 
@@ -129,7 +130,7 @@ def build(settings: HF, num_classes: int, seed: int, image_size: int | Sequence[
     """See HF.build."""
     size = checked_size(image_size)
     quantization = _quantization(settings)
-    source = files.find_source(settings)
+    source = find_source(settings)
     with files.reading_once() if source.gguf else contextlib.nullcontext():
         model, drawn = _model(settings, source, num_classes, seed, head, quantization)
     if settings.gradient_checkpointing:
@@ -151,11 +152,12 @@ def build(settings: HF, num_classes: int, seed: int, image_size: int | Sequence[
             raise UserError(f"backbone: coeft does not know the classifier of {type(model).__name__}")
         if num_classes:
             backbone.new_head(num_classes, seed)
+    model.train()  # transformers loads in eval mode, and Lightning would leave it there: no dropout in training
     return backbone
 
 
 def _model(
-    settings: HF, source: files.Source, num_classes: int, seed: int, head: str, quantization: Any
+    settings: HF, source: Source, num_classes: int, seed: int, head: str, quantization: Any
 ) -> tuple[Any, tuple[str, ...]]:
     """The model with its weights, in eval mode, and the modules to be drawn with its classifier."""
     config = files.load_config(source, settings.options, trust_remote_code=settings.trust_remote_code)
@@ -269,7 +271,7 @@ def _loader(config: Any, head: str, settings: HF) -> Any:
     )
 
 
-def _class(loader: Any, config: Any, settings: HF, source: files.Source) -> Any:
+def _class(loader: Any, config: Any, settings: HF, source: Source) -> Any:
     """The model's class, tried on the meta device (no memory, no draws) so that mistakes show early."""
     try:
         with files.quiet(), torch.device("meta"):
@@ -284,7 +286,7 @@ def _class(loader: Any, config: Any, settings: HF, source: files.Source) -> Any:
 
 
 def _load(
-    model_class: Any, source: files.Source, config: Any, dtype: torch.dtype, quantization: Any
+    model_class: Any, source: Source, config: Any, dtype: torch.dtype, quantization: Any
 ) -> tuple[Any, tuple[str, ...]]:
     """The model with every weight from its files but the head's, and the modules that are drawn with the head.
 
@@ -326,7 +328,7 @@ def _tensors(path: Any) -> dict[str, Tensor]:
         raise UserError(f"backbone.weights: {path} is no whole safetensors file: {error}") from None
 
 
-def _check_weights(model: Any, info: Mapping[str, Any], source: files.Source) -> tuple[str, ...]:
+def _check_weights(model: Any, info: Mapping[str, Any], source: Source) -> tuple[str, ...]:
     """Modules, besides the classifier, that the weights do not hold and that are drawn with it.
 
     A module is only drawn if none of its weights is there and it lies outside of the embeddings and blocks: a pooler,

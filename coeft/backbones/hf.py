@@ -65,6 +65,16 @@ class HF:
         if self.quantization and not self.pretrained:
             raise UserError("backbone.quantization needs pre-trained weights; leave out backbone.pretrained=false")
 
+    def check(self) -> None:
+        """Whatever can be found missing before torch is imported: files, and models that only a network has.
+
+        Raises:
+            UserError: as of build, about files.
+        """
+        from coeft.backbones._hf_source import find_source
+
+        find_source(self)
+
     def build(
         self,
         num_classes: int,

@@ -66,7 +66,7 @@ def test_a_shipped_recipe_composes_and_says_how_it_is_run(recipe: str) -> None:
 
 @pytest.mark.parametrize("backbone", options("backbone"))
 def test_every_backbone_composes(backbone: str) -> None:
-    required = ["backbone.name=x"] if backbone == "timm" else []
+    required = ["backbone.name=x"] if backbone in ("hf", "timm") else []
     assert compose([f"backbone={backbone}", *required])[0].config.backbone.name
 
 

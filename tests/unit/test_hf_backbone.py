@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from torch import Tensor
 import coeft
 from coeft.adapt import Stack
 from coeft.adapter_io import fingerprint, save_adapter
-from coeft.backbones import _hf_files, _network
+from coeft.backbones import _hf_source, _network
 from coeft.backbones._hf import HFBackbone
 from coeft.backbones._hf_images import from_processor
 from coeft.backbones.hf import HF
@@ -59,7 +61,8 @@ def built(
     folder: Path, outputs: int = 3, seed: int = 0, image_size: Any = None, head: str = "classifier", **changes: Any
 ) -> Any:
     backbone = HF(name=str(folder), **changes).build(outputs, seed, image_size, head=head)
-    assert isinstance(backbone, HFBackbone)
+    assert isinstance(backbone, HFBackbone) and backbone.model.training
+    backbone.model.eval()
     return backbone
 
 
@@ -86,7 +89,7 @@ def test_a_text_encoder_states_its_facts(folder: Any) -> None:
     assert set(backbone.head_parameters()) == {"classifier.weight", "classifier.bias"}
     assert backbone.tokenizer.pad_token == "</s>"
     assert backbone.forward(tiny_inputs("bert") | {"labels": torch.tensor([0, 1])}).shape == (2, 5)
-    assert not backbone.model.training
+    assert all(module.training for module in HF(name=str(folder("bert"))).build(5, 0).model.modules())
 
 
 @pytest.mark.parametrize(
@@ -420,7 +423,7 @@ def test_damaged_and_dangerous_files_are_refused(folder: Any, tmp_path: Path, mo
     refused("text.gguf is not a GGUF file", weights="text.gguf")
     Path("cut.gguf").write_bytes(b"GGUF" + bytes(40))
     refused("the config of cut.gguf cannot be read", weights="cut.gguf")
-    monkeypatch.setattr(_hf_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(_hf_source, "find_spec", lambda name: None)
     refused(r"cut.gguf needs the package gguf: pip install 'coeft\[gguf\]'", weights="cut.gguf")
     Path("empty").mkdir()
     refused("empty has no config.json", name="empty")
@@ -500,8 +503,22 @@ def test_without_a_network_and_a_cache_both_ways_out_are_named(
     assert time.monotonic() - started < 10  # the contract's limit, not a measurement
 
 
+def test_a_missing_model_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from coeft.cli.main import main
+code = main(["train", "backbone=minilm", "data=digits", "run_dir={tmp_path / "run"}"])
+heavy = {{"torch", "transformers", "numpy"}} & set(sys.modules)
+assert code == 2 and not heavy, (code, heavy)
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert "HF_HUB_OFFLINE is set" in run.stderr and not (tmp_path / "run").exists()
+
+
 def test_a_silent_network_is_given_up(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_hf_files, "NETWORK_SECONDS", 0.1)
+    monkeypatch.setattr(_hf_source, "NETWORK_SECONDS", 0.1)
     monkeypatch.setattr(_network.in_time, "__defaults__", (0.2,))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(3))
     with pytest.raises(UserError, match=f"no answer within.*{WAYS_OUT}"):
@@ -561,6 +578,7 @@ def test_an_adapter_restores_what_was_drawn_with_the_head(folder: Any, tmp_path:
     inputs = tiny_inputs("bert")
     plain = transformers.BertForSequenceClassification.from_pretrained(model)  # two labels, another pooler
     with torch.no_grad():
+        backbone.model.eval()
         restored = coeft.load_adapter(plain, tmp_path / "adapter")
         assert torch.equal(restored(**inputs).logits, backbone.forward(inputs))
 

@@ -52,7 +52,7 @@ def write_llama(path: Path, model: Any, architecture: str = "llama") -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("gpt2")
-    tokens = ["<unk>", "<s>", "</s>", *(chr(ord("!") + number) for number in range(VOCAB - 3))]
+    tokens = ["<unk>", "<s>", "</s>", *(chr(ord("!") + number) for number in range(VOCAB - 4)), "!!"]
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, *[1] * (VOCAB - 3)])
     writer.add_token_merges(["! !"])
@@ -79,6 +79,7 @@ def test_a_gguf_file_gives_config_weights_and_tokenizer(tmp_path: Path) -> None:
     file = write_llama(tmp_path / "tiny é.gguf", plain)
     inputs = tiny_inputs("llama")
     backbone = HF(name="someone/tiny", weights=str(file)).build(0, 0, head="lm")
+    backbone.model.eval()
     with torch.no_grad():
         expected = plain(**inputs).logits
         torch.testing.assert_close(backbone.forward(inputs), expected, rtol=1e-5, atol=1e-5)
@@ -107,7 +108,9 @@ def test_gguf_files_that_transformers_does_not_read_are_refused(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def smollm() -> Any:
-    return HF(name="HuggingFaceTB/SmolLM2-135M-Instruct", weights=str(smollm2())).build(0, 0, head="lm")
+    backbone: Any = HF(name="HuggingFaceTB/SmolLM2-135M-Instruct", weights=str(smollm2())).build(0, 0, head="lm")
+    backbone.model.eval()
+    return backbone
 
 
 @pytest.mark.slow
