@@ -153,15 +153,17 @@ def reading_once() -> Iterator[None]:
         yield
         return
     import gguf
-    from transformers import modeling_gguf_pytorch_utils as theirs
+    from transformers import modeling_gguf_pytorch_utils
 
-    before = gguf.GGUFReader, gguf.get_tensor_name_map, theirs.tqdm
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(before[0]), cache(before[1])
+    library: Any = gguf
+    theirs: Any = modeling_gguf_pytorch_utils
+    before = library.GGUFReader, library.get_tensor_name_map, theirs.tqdm
+    library.GGUFReader, library.get_tensor_name_map = cache(before[0]), cache(before[1])
     theirs.tqdm = partial(before[2], disable=True)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map, theirs.tqdm = before
+        library.GGUFReader, library.get_tensor_name_map, theirs.tqdm = before
 
 
 def _short(error: BaseException) -> str:
