@@ -86,7 +86,7 @@ class HFBackbone(Backbone):
 
     @property
     def _is_causal(self) -> bool:
-        return self.modality == "text" and self.head in ("", "score")
+        return self.modality == "text" and _causal(cast(Any, self.model).config)
 
     def new_head(self, num_outputs: int, seed: int) -> None:
         """Replace the classifier by one with so many outputs, in fp32, drawn as the model's own code draws it.
@@ -250,9 +250,9 @@ def _loader(config: Any, head: str, settings: HF) -> Any:
     kind = type(config)
     own = (getattr(config, "auto_map", None) or {}) if settings.trust_remote_code else {}
     if head == "lm":
-        masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING
-        if "AutoModelForCausalLM" in own or (kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and not masked):
+        if "AutoModelForCausalLM" in own or _causal(config):
             return AutoModelForCausalLM
+        masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING
         why = "it reads texts in both directions" if masked else "transformers has none of this type"
         raise UserError(
             f"backbone: {settings.name} ({config.model_type}) is no causal language model: {why}; "
@@ -269,6 +269,12 @@ def _loader(config: Any, head: str, settings: HF) -> Any:
     raise UserError(
         f"backbone: transformers has no classifier of texts or images for {settings.name} ({config.model_type})"
     )
+
+
+def _causal(config: Any) -> bool:
+    """Whether models of this type see a text from left to right; BERT and its like have causal classes, but are not."""
+    kind = type(config)
+    return kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
 
 
 def _class(loader: Any, config: Any, settings: HF, source: Source) -> Any:
