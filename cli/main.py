@@ -16,7 +16,7 @@ COMMANDS = {
     "resume": ("resume", "main", "continue an interrupted run"),
     "eval": ("evaluate", "main", "measure a finished run, on its test split or on other data"),
     "predict": ("predict", "main", "predict files, folders, tables or standard input"),
-    "export": ("export", "main", "hand out a run's adapter"),
+    "export": ("export", "main", "hand out a run's adapter, or a model of its own"),
     "list": ("catalogue", "list_main", "list recipes, backbones, methods, datasets or runs"),
     "show": ("catalogue", "show_main", "print a recipe or a method's card"),
     "cache": ("cache", "main", "show or clear the cache of decoded images"),

@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from coeft.adapter_io import read_manifest, write_tensors
@@ -23,21 +25,87 @@ def export_adapter(path: str | Path, out: Path | None = None, fold: int | None =
     run = Run.open(path)
     source = run.adapter(fold)
     read_manifest(source)
-    target = (out or run.path / "export" / ("adapter" if fold is None else f"adapter_fold_{fold}")).expanduser()
+    with _made(out or run.path / "export" / _named("adapter", fold)) as (part, target):
+        shutil.copytree(source, part, dirs_exist_ok=True)
+    return target
+
+
+def export_model(
+    path: str | Path,
+    out: Path | None = None,
+    fold: int | None = None,
+    *,
+    coeff: str | None = None,
+    threshold: float | None = None,
+) -> tuple[Path, list[str]]:
+    """Write a run's model, or one fold's, as a stand-alone folder; see coeft.standalone.
+
+    Args:
+        path, out, fold: as for export_adapter; out=None is RUN/export/model, with the fold's number for folds.
+        coeff: for stacks with coeff: "keep" writes it beside the weights, and the model needs coeft; "expand" folds
+            it exactly into layers with more heads. Null keeps.
+        threshold: with "expand": leave out coefficients that are smaller in absolute value, which is not exact.
+
+    Returns:
+        The folder, and what was done, line by line.
+
+    Raises:
+        UserError: no complete run, no such fold, `out` exists, an option does not fit the stack, the model cannot be
+            expanded, or the files do not give the logits of the trained model.
+    """
+    run = Run.open(path)
+    source = run.adapter(fold)
+    if coeff is not None and "coeff" not in run.config.peft:
+        stack = ", ".join(run.config.peft) or "nothing beside the head"
+        raise UserError(f"--coeff: {run.path} was trained with {stack}, not with coeff; leave --coeff out")
+    if threshold is not None and coeff != "expand":
+        raise UserError("--threshold: it chooses what --coeff expand leaves out; give both or neither")
+    if threshold is not None and not 0 < threshold < float("inf"):
+        raise UserError(f"--threshold must be a number above 0, not {threshold}")
+    with _made(out or run.path / "export" / _named("model", fold)) as (part, target):
+        from coeft.assemble import restore
+        from coeft.model_card import run_facts
+        from coeft.standalone import write_standalone
+
+        built, class_names = restore(run.config, source)
+        summary = write_standalone(
+            part,
+            built.backbone,
+            built.stack,
+            class_names=class_names,
+            facts=run_facts(run.config, run.results, fold),
+            expand=coeff == "expand",
+            threshold=threshold or 0.0,
+        )
+    return target, summary.lines()
+
+
+def _named(what: str, fold: int | None) -> str:
+    return what if fold is None else f"{what}_fold_{fold}"
+
+
+@contextmanager
+def _made(target: Path) -> Iterator[tuple[Path, Path]]:
+    """A hidden folder to write to that becomes `target` when all went well, and is removed when not.
+
+    Raises:
+        UserError: `target` exists or cannot be written.
+    """
+    target = target.expanduser()
     if target.exists():
         raise UserError(f"--out: {target} exists; choose another folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            shutil.copytree(source, part, dirs_exist_ok=True)
+            yield part, target
+            part.chmod(0o755)
             part.rename(target)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
     except OSError as error:
-        raise UserError(f"--out: cannot write {target} ({error.strerror})") from error
-    return target
+        raise UserError(f"--out: cannot write {target} ({error.strerror or error})") from error
 
 
 def export_weights(path: str | Path, out: Path) -> Path:
