@@ -33,16 +33,14 @@ def main(argv: list[str]) -> int:
     run, out = Path(arguments.run).expanduser(), Path(arguments.out).expanduser() if arguments.out else None
     if arguments.what == "adapter":
         if arguments.coeff or arguments.threshold is not None:
-            raise UserError("export adapter: --coeff and --threshold are for export model; an adapter holds coeff as it is")
+            raise UserError("export adapter: --coeff and --threshold belong to export model")
         from coeft.export import export_adapter
 
         print(export_adapter(run, out, arguments.fold))
         return 0
     from coeft.export import export_model
 
-    folder, done = export_model(
-        run, out, arguments.fold, coeff=arguments.coeff, threshold=arguments.threshold
-    )
+    folder, done = export_model(run, out, arguments.fold, coeff=arguments.coeff, threshold=arguments.threshold)
     for line in done:
         print(line, file=sys.stderr)
     print(folder)

@@ -1,28 +1,19 @@
 """The README.md of an adapter."""
 
-<<<<<<< HEAD
-from typing import Any
-=======
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
->>>>>>> e8ede43 (Head expansion and export of stand-alone models: first working form, untested)
 
 from coeft.adapt import ParameterCount
 from coeft.assemble import Assembled, describe_inputs
-from coeft.config import TrainConfig
-<<<<<<< HEAD
-from coeft.data._data import NOUNS
-from coeft.run import versions
-
-LIBRARIES = {"timm": "timm", "hf": "transformers"}
-=======
 from coeft.backbones._backbone import Backbone
+from coeft.config import TrainConfig
+from coeft.data._data import NOUNS
 from coeft.run import versions
 
 if TYPE_CHECKING:
     from coeft.standalone import Summary
->>>>>>> e8ede43 (Head expansion and export of stand-alone models: first working form, untested)
+
+LIBRARIES = {"timm": "timm", "hf": "transformers"}
 
 
 def model_card(
@@ -79,23 +70,6 @@ model = coeft.load_adapter(model, "this folder")
 {stock}
 Written by coeft {versions().get("coeft", "")}.
 """
-<<<<<<< HEAD
-=======
-
-
-def _base_model(cfg: TrainConfig) -> str:
-    """The lines that make the base model."""
-    settings = cfg.backbone
-    options = dict(settings.options)
-    if cfg.data.image_size is not None:
-        options["img_size"] = cfg.data.image_size
-    hub = settings.pretrained and settings.weights is None
-    arguments = [repr(settings.name), *(["pretrained=True"] if hub else [])]
-    arguments += [f"{name}={value!r}" for name, value in options.items()]
-    line = f"model = timm.create_model({', '.join(arguments)})"
-    if settings.pretrained and settings.weights is not None:
-        line += f"\n# then load its weights, {Path(settings.weights).name}, by model.load_state_dict(..., strict=False)"
-    return line
 
 
 def standalone_card(backbone: Backbone, summary: "Summary", facts: Mapping[str, str]) -> str:
@@ -104,7 +78,7 @@ def standalone_card(backbone: Backbone, summary: "Summary", facts: Mapping[str, 
     Args:
         facts: name -> text, on where the model comes from.
     """
-    library = "transformers" if backbone.kind == "hf" else "timm"
+    library = LIBRARIES[backbone.kind]
     needs = f"{library} and coeft, which runs {', '.join(summary.kept)}" if summary.kept else f"{library} alone"
     listed = "\n".join(f"- {name}: {text}" for name, text in facts.items())
     done = "\n".join(f"- {line[0].upper()}{line[1:]}" for line in summary.lines())
@@ -137,21 +111,15 @@ Written by coeft {versions().get("coeft", "")}.
 def run_facts(cfg: TrainConfig, results: Mapping[str, Any], fold: int | None) -> dict[str, str]:
     """Where the model of a run, or of one fold of it, comes from and what it reached."""
     rows = {row["fold"]: row for row in results["folds"]}
-    metric = results["metric"]
-    if fold is not None:
-        value, on = rows[fold]["value"], f"the held-out part of fold {fold}"
-    elif len(rows) > 1:
-        value, on = results["mean"], f"held-out parts, the mean of {len(rows)} models of folds (not this one)"
+    if fold is None and len(rows) > 1:
+        value, on = results["mean"], f"held-out data, the mean of {len(rows)} folds whose models are not this one"
     else:
-        value, on = results["value"], "held-out data" 
-    facts = {
+        row = rows[fold or 0]
+        value, on = row["value"], f"{row['n_test'] or row['n_val']} {'test' if row['n_test'] else 'validation'} samples"
+    return {
         "Base model": f"{cfg.backbone.kind} `{getattr(cfg.backbone, 'name', cfg.backbone.kind)}`",
         "Data": " ".join(filter(None, [cfg.data.kind, str(getattr(cfg.data, "name", None) or "")])),
         "Methods": ", ".join(cfg.peft) or "none (the head alone)",
         "Recipe": f"{cfg.recipe or 'none'}, seed {cfg.seed}",
-        "Reached": "no data to measure on" if value is None else f"{metric} {value:.4f} on {on}",
+        "Reached": "no data to measure on" if value is None else f"{results['metric']} {value:.4f} on {on}",
     }
-    if fold is None and len(rows) == 1 and (results.get("test") or {}).get(metric) is not None:
-        facts["Test split"] = f"{metric} {results['test'][metric]:.4f}"
-    return facts
->>>>>>> e8ede43 (Head expansion and export of stand-alone models: first working form, untested)

@@ -138,7 +138,7 @@ def write_standalone(
     found, flops_after = _run(loaded, inputs)
     if expand:
         price = Price(
-            heads={site.name: (site.num_heads, heads[site.name].num_heads) for site in backbone.sites if site.name in heads},
+            heads={s.name: (s.num_heads, heads[s.name].num_heads) for s in backbone.sites if s.name in heads},
             parameters=(parameters, _count(loaded)),
             flops=(flops, flops_after),
             cache=_cache(backbone, heads),

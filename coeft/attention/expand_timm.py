@@ -5,6 +5,8 @@ that the expanded model is stock timm layers put into the stock model: see `load
 Read from timm 1.0.31.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,8 +71,9 @@ def rewrite(layer: nn.Module, mixing: Tensor, threshold: float = 0.0) -> tuple[H
     groups = module.num_heads // getattr(module, "num_kv_heads", module.num_heads)
     gate = getattr(module, "gate", None)
     if groups > 1 and gate is not None:  # each output head has a gate of its own, so that values are not shared
-        for projection in (module.k_proj, module.v_proj):
-            _set(projection, *(_repeat(rows, module.num_heads, groups) for rows in _parts(projection)))
+        repeat = partial(_repeat, heads=module.num_heads, groups=groups)
+        _apply(module.k_proj, repeat)
+        _apply(module.v_proj, repeat)
         groups = 1
     heads = expand(mixing, module.num_heads // groups, threshold)
     heads = heads.padded(max(1, heads.num_kv_heads))
@@ -80,37 +83,33 @@ def rewrite(layer: nn.Module, mixing: Tensor, threshold: float = 0.0) -> tuple[H
     else:
         _rewrite_apart(module, heads)
     if gate is not None:
-        _set(gate, *(None if rows is None else heads.of_values(rows) for rows in _parts(gate)))
-    _set(module.proj, heads.of_outputs(module.proj.weight), module.proj.bias)
+        _apply(gate, heads.of_values)
+    module.proj.weight = _frozen(heads.of_outputs(module.proj.weight))
     if hasattr(module, "relative_position_bias_table"):  # (positions, H)
         table = heads.of_keys(module.relative_position_bias_table.T).T
-        module.relative_position_bias_table = nn.Parameter(table.contiguous())
+        module.relative_position_bias_table = _frozen(table.contiguous())
     return heads, _arguments(module, heads, head_dim)
 
 
 def _rewrite_joint(module: Any, heads: Heads) -> None:
     """qkv: rows of all queries, of all keys, of all values."""
-    weight, bias = _parts(module.qkv)
-    if getattr(module, "q_bias", None) is not None:  # EVA keeps them apart, that of the keys zero
-        bias = torch.cat([module.q_bias, module.k_bias, module.v_bias])
+    if getattr(module, "q_bias", None) is not None:  # EVA keeps the biases apart; that of the keys is zero
+        module.qkv.bias = _frozen(torch.cat([module.q_bias, module.k_bias, module.v_bias]))
         module.q_bias = module.v_bias = None
-    _set(module.qkv, *(None if rows is None else _joint(rows, heads) for rows in (weight, bias)))
 
+    def pick(rows: Tensor) -> Tensor:
+        query, key, value = rows.chunk(3)
+        return torch.cat([heads.of_keys(query), heads.of_keys(key), heads.of_values(value)])
 
-def _joint(rows: Tensor, heads: Heads) -> Tensor:
-    query, key, value = rows.chunk(3)
-    return torch.cat([heads.of_keys(query), heads.of_keys(key), heads.of_values(value)])
+    _apply(module.qkv, pick)
 
 
 def _rewrite_apart(module: Any, heads: Heads) -> None:
     if module.q_proj.bias is not None and module.k_proj.bias is None:  # EVA has none for the keys
-        module.k_proj.bias = nn.Parameter(module.k_proj.weight.new_zeros(len(module.k_proj.weight)))
-    for projection, pick in (
-        (module.q_proj, heads.of_keys),
-        (module.k_proj, heads.of_keys),
-        (module.v_proj, heads.of_values),
-    ):
-        _set(projection, *(None if rows is None else pick(rows) for rows in _parts(projection)))
+        module.k_proj.bias = _frozen(torch.zeros_like(module.k_proj.weight[:, 0]))
+    _apply(module.q_proj, heads.of_keys)
+    _apply(module.k_proj, heads.of_keys)
+    _apply(module.v_proj, heads.of_values)
 
 
 def _arguments(module: Any, heads: Heads, head_dim: int) -> dict[str, Any]:
@@ -136,15 +135,17 @@ def _arguments(module: Any, heads: Heads, head_dim: int) -> dict[str, Any]:
     }
 
 
-def _parts(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return layer.weight, layer.bias
+def _apply(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the rows of a linear layer's weight, and its bias alike."""
+    layer.weight = _frozen(change(layer.weight))
+    if layer.bias is not None:
+        layer.bias = _frozen(change(layer.bias))
 
 
-def _set(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _repeat(rows: Tensor | None, heads: int, groups: int) -> Tensor | None:
+def _repeat(rows: Tensor, heads: int, groups: int) -> Tensor:
     """Rows of key-value heads -> rows of the query heads that use them."""
-    return None if rows is None else rows.unflatten(0, (heads // groups, -1)).repeat_interleave(groups, 0).flatten(0, 1)
+    return rows.unflatten(0, (heads // groups, -1)).repeat_interleave(groups, 0).flatten(0, 1)

@@ -64,9 +64,7 @@ def expand_backbone(backbone: Backbone, threshold: float = 0.0) -> tuple[dict[st
         heads = {}
         for site in backbone.sites:
             if site.name in mixings:
-                heads[site.name], arguments[site.name] = expand_timm.rewrite(
-                    site.module, mixings[site.name], threshold
-                )
+                heads[site.name], arguments[site.name] = expand_timm.rewrite(site.module, mixings[site.name], threshold)
     for site in backbone.sites:
         cast(Any, site.module)._modules.pop("coeff_mix", None)
     return heads, arguments

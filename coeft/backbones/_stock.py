@@ -93,7 +93,8 @@ def loading_code(backbone: Backbone, *, expanded: bool = False, adapter: bool = 
         adapter: the folder holds an adapter besides, which needs coeft.
     """
     if backbone.kind == "hf":
-        lines = ["import transformers", "", f'model = transformers.{type(backbone.model).__name__}.from_pretrained(".")']
+        name = type(backbone.model).__name__
+        lines = ["import transformers", "", f'model = transformers.{name}.from_pretrained(".")']
     elif expanded:
         from coeft.attention.expand_timm import load as load_expanded
 
