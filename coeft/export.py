@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from coeft.adapter_io import read_manifest, write_tensors
+from coeft.adapter_io import outputs, read_manifest, write_tensors
 from coeft.errors import UserError
 from coeft.run import Run
 
@@ -68,10 +68,12 @@ def export_model(
         from coeft.standalone import write_standalone
 
         built, class_names = restore(run.config, source)
+        num_outputs = outputs(read_manifest(source), class_names)
         summary = write_standalone(
             part,
             built.backbone,
             built.stack,
+            num_outputs=num_outputs,
             class_names=class_names,
             facts=run_facts(run.config, run.results, fold),
             expand=coeff == "expand",

@@ -26,10 +26,8 @@ from coeft.run import write_text
 
 PROBES = 4
 TOKENS = 16
-ROUND_OFF = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest difference of logits, over the largest logit or 1, that counts as round-off."""
-COARSE = 0.1
-"""The same for half precision."""
+ROUND_OFF = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Largest difference of logits, over the largest logit or 1, that counts as round-off of a model of that type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +94,7 @@ def write_standalone(
     backbone: Backbone,
     stack: Stack,
     *,
+    num_outputs: int,
     class_names: list[str],
     facts: Mapping[str, str],
     expand: bool = False,
@@ -104,6 +103,7 @@ def write_standalone(
     """Write a model with its attached stack into an existing empty folder. The model is used up.
 
     Args:
+        num_outputs: width of the head; 0 is none.
         facts: lines of the card on where the model comes from, name -> text.
         expand: fold coeff by head expansion instead of keeping it.
         threshold: coefficients that are smaller in absolute value are left out of the expansion.
@@ -134,7 +134,7 @@ def write_standalone(
     loaded = _stock.load(backbone, folder, expanded=bool(arguments))
     price = None
     if kept:
-        loaded = _keep(folder, backbone, rest, loaded, class_names)
+        loaded = _keep(folder, backbone, rest, loaded, num_outputs, class_names)
     found, flops_after = _run(loaded, inputs)
     if expand:
         price = Price(
@@ -147,7 +147,7 @@ def write_standalone(
     summary = Summary(
         folded=[method for method in methods if method not in kept],
         kept=kept,
-        check=_compare(wanted, found, probe, exact=not threshold),
+        check=_compare(wanted, found, _coarsest(loaded), probe, exact=not threshold),
         code=_stock.loading_code(backbone, expanded=bool(arguments), adapter=bool(kept)),
         price=price,
         dropped=dropped,
@@ -156,51 +156,58 @@ def write_standalone(
     return summary
 
 
-def probe_batch(backbone: Backbone) -> tuple[Any, str]:
-    """Random inputs of a model, the same in every process, and what they are."""
+def probe_batch(backbone: Backbone) -> tuple[Tensor | dict[str, Any], str]:
+    """Random inputs of a model, the same in every process: images, or arguments by name; and what they are."""
     draw = torch.Generator().manual_seed(0)
-    parameter = next(backbone.model.parameters())
-    if backbone.kind != "hf":
+    first = next(backbone.model.parameters())
+    if backbone.preprocessing is not None:
         height, width = backbone.preprocessing.image_size
-        shape = (PROBES, len(backbone.preprocessing.mean), height, width)
-        return torch.randn(shape, generator=draw).to(parameter), f"{PROBES} random images of {height} x {width}"
+        images = torch.randn(PROBES, len(backbone.preprocessing.mean), height, width, generator=draw).to(first)
+        shown = f"{PROBES} random images of {height} x {width}"
+        if backbone.kind != "hf":
+            return images, shown
+        return {"pixel_values": images, **getattr(backbone, "image_options", {})}, shown
     from coeft.attention.hf import probe_inputs
 
-    inputs, shown = {}, []
+    inputs: dict[str, Any] = {}
+    words = cast(Any, backbone.model).config.get_text_config().vocab_size
     for name, like in probe_inputs(backbone.model).items():
         if like.is_floating_point():
             inputs[name] = torch.randn(PROBES, *like.shape[1:], generator=draw).to(like)
-            shown.append(f"{PROBES} random inputs of {' x '.join(map(str, like.shape[1:]))}")
-        else:
-            words = cast(Any, backbone.model).config.get_text_config().vocab_size
-            inputs[name] = torch.randint(words, (PROBES, TOKENS), generator=draw).to(like)
-            inputs[name][:, -1] = like[0, -1]  # some classifiers look for the end of the text
-            shown.append(f"{PROBES} random texts of {TOKENS} tokens")
-    return inputs, " and ".join(dict.fromkeys(shown))
+            continue
+        inputs[name] = torch.randint(words, (PROBES, TOKENS), generator=draw).to(like)
+        inputs[name][:, -1] = like[0, -1]  # some classifiers look for the end of the text
+    return inputs, f"{PROBES} random texts of {TOKENS} tokens"
 
 
-def _run(model: nn.Module, inputs: Any) -> tuple[Tensor, int]:
-    """Logits in float64 or float32, and the floating-point operations of that forward."""
-    # torch counts what matrix products do, and not what fused attention does
+def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> tuple[Tensor, int]:
+    """Logits of a forward, and its floating-point operations."""
+    # the counter sees matrix products, but not what is inside fused attention
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    logits = output if isinstance(output, Tensor) else output.logits
+        output = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits, counter.get_total_flops()
 
 
-def _compare(wanted: Tensor, found: Tensor, probe: str, *, exact: bool) -> str:
-    """How far two batches of logits (..., outputs) are apart, as a sentence.
+def _coarsest(model: nn.Module) -> torch.dtype:
+    """The type of a model's parameters in which round-off is largest."""
+    types = {parameter.dtype for parameter in model.parameters()} & set(ROUND_OFF)
+    return max(types, key=ROUND_OFF.__getitem__)
+
+
+def _compare(wanted: Tensor, found: Tensor, dtype: torch.dtype, probe: str, *, exact: bool) -> str:
+    """How far two batches of logits (..., outputs) of models of a type are apart, as a sentence.
 
     Raises:
         UserError: further than round-off, although nothing was left out.
     """
     largest = float(wanted.abs().max())
     apart = float((wanted.double() - found.double()).abs().max()) if wanted.shape == found.shape else float("inf")
-    allowed = ROUND_OFF.get(wanted.dtype, COARSE) * max(1.0, largest)
+    allowed = ROUND_OFF[dtype] * max(1.0, largest)
     if exact and not apart <= allowed:
         raise UserError(
             f"the exported files give other logits than the trained model: {apart:.2g} apart, where round-off of "
-            f"{str(wanted.dtype).removeprefix('torch.')} explains {allowed:.2g}; nothing was exported"
+            f"{str(dtype).removeprefix('torch.')} explains {allowed:.2g}; nothing was exported"
         )
     same = int((wanted.argmax(-1) == found.argmax(-1)).sum())
     total = wanted[..., 0].numel()
@@ -238,11 +245,20 @@ def _dropped(backbone: Backbone, threshold: float) -> str:
     return f"left out by --threshold {threshold:g}: {small} of {sum(m.numel() for m in found)} coefficients"
 
 
-def _keep(folder: Path, backbone: Backbone, rest: Stack, base: nn.Module, class_names: list[str]) -> nn.Module:
+def _keep(
+    folder: Path, backbone: Backbone, rest: Stack, base: nn.Module, num_outputs: int, class_names: list[str]
+) -> nn.Module:
     """Write the adapter of the methods that stay apart beside the files of the base model; load it into `base`."""
     adapter = folder / "adapter"
-    print_of_base = adapter_io.fingerprint(base, backbone.head)
-    adapter_io.save_adapter(adapter, backbone, rest, base=print_of_base, class_names=class_names, card="")
+    adapter_io.save_adapter(
+        adapter,
+        backbone,
+        rest,
+        base=adapter_io.fingerprint(base, backbone.head),
+        num_outputs=num_outputs,
+        class_names=class_names,
+        card="",
+    )
     (adapter / "README.md").unlink()
     for path in adapter.iterdir():
         path.rename(folder / path.name)

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from coeft.adapter_io import write_tensors
-from coeft.backbones._backbone import Backbone
+from coeft.backbones._backbone import Backbone, Preprocessing
+from coeft.run import write_json
+
+RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # numbers of PIL
 
 
 def save(
@@ -42,6 +45,7 @@ def _save_timm_config(
     from timm.models._hub import save_config_for_hf
 
     look = backbone.preprocessing
+    assert look is not None  # timm's models take images
     data = {
         "input_size": (len(look.mean), *look.image_size),
         "mean": look.mean,
@@ -57,18 +61,41 @@ def _save_timm_config(
 
 
 def _save_hf(backbone: Backbone, folder: Path, state: dict[str, torch.Tensor], class_names: Sequence[str]) -> None:
-    model = cast(Any, backbone.model)
+    model, head = cast(Any, backbone.model), backbone.head_parameters()
     if class_names and len(class_names) == getattr(model.config, "num_labels", None):
         model.config.id2label = dict(enumerate(class_names))
         model.config.label2id = {name: number for number, name in enumerate(class_names)}
+    # one type for all: a head that was trained in float32 over a body of half precision has no plain form
+    state = {name: tensor.to(model.dtype) if name in head else tensor for name, tensor in state.items()}
     with _quiet():
         model.save_pretrained(folder, state_dict=state)
-    for part in ("tokenizer", "processor"):
-        if getattr(backbone, part, None) is not None:
-            getattr(backbone, part).save_pretrained(folder)
+    if backbone.tokenizer is not None:
+        backbone.tokenizer.save_pretrained(folder)
+    if backbone.preprocessing is not None:
+        write_json(folder / "preprocessor_config.json", _image_processor(backbone.preprocessing))
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # safetensors makes it readable by its owner alone
+
+
+def _image_processor(look: Preprocessing) -> dict[str, Any]:
+    """preprocessor_config.json for AutoImageProcessor of transformers."""
+    height, width = look.image_size
+    sides = {"height": height, "width": width}
+    tree: dict[str, Any] = {
+        "do_resize": True,
+        "resample": RESAMPLING[look.interpolation],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(look.mean),
+        "image_std": list(look.std),
+    }
+    if look.resize == "squash":
+        return tree | {"image_processor_type": "ViTImageProcessor", "size": sides}
+    shorter = {"shortest_edge": int(min(height, width) / look.crop_pct)}
+    crop = {"do_center_crop": True, "crop_size": sides}
+    return tree | crop | {"image_processor_type": "BitImageProcessor", "size": shorter}
 
 
 def load(like: Backbone, folder: Path, *, expanded: bool = False) -> nn.Module:
@@ -101,6 +128,9 @@ def loading_code(backbone: Backbone, *, expanded: bool = False, adapter: bool = 
         lines = [inspect.getsource(load_expanded), "", 'model = load(".")']
     else:
         lines = ["import timm", "", 'model = timm.create_model("local-dir:.", pretrained=True).eval()']
+    if options := getattr(backbone, "image_options", None):
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        lines.append(f"# for images of this size: model(pixel_values=..., {given})")
     if adapter:
         lines = ["import coeft", *lines, 'model = coeft.load_adapter(model, ".")']
     return "\n".join(lines)
