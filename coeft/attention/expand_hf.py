@@ -56,7 +56,13 @@ def refusal(model: nn.Module, sites: Sequence[AttentionSite]) -> str | None:
             f"allows; it is known of {', '.join(EXPANDABLE)}"
         )
     others = {type(site.module).__name__ for site in sites} - {layout.attention}
-    return f"its layers are {', '.join(sorted(others))}, not {layout.attention}" if others else None
+    if others:
+        return f"its layers are {', '.join(sorted(others))}, not {layout.attention}"
+    names = [layout.joint] if layout.joint else ["q_proj", "k_proj", "v_proj"]
+    kinds = {type(site.module.get_submodule(name)) for site in sites for name in [*names, "o_proj"]} - {nn.Linear}
+    if kinds:
+        return f"its projections are {', '.join(sorted(kind.__qualname__ for kind in kinds))}, not plain linear layers"
+    return None
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ What it trains   alpha of every chosen attention layer: H^2 parameters each (ViT
 Start            alpha zero: the model starts exactly at the pre-trained one (init=residual). init=identity and
                  init=random train the full matrix alpha' instead; they are the paper's ablations, and worse there.
 When to take it  with almost no parameters to spend, alone or stacked with a weight method such as lora. It cannot be
-                 merged into the weights: it stays in the model, where it costs a few percent of the attention.
+                 merged into the weights as they are: it stays in the model, where it costs a few percent of the
+                 attention, or becomes attention with more heads (coeft export model --coeff expand).
 Source           Miao, Chen and Qiu, CVPR 2025, arXiv:2503.18337.
 Departures       none known for init=residual; the distribution of init=random (normal, variance 1/H) is ours.
 Checked against  an eager reference, outputs and gradients in float64; permuted heads; plain timm at alpha = 0

@@ -27,8 +27,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     def stand_in(module: str, function: str, result: Any = None) -> list[Any]:
         calls: list[Any] = []
 
-        def called(*arguments: Any) -> Any:
-            calls.append(arguments)
+        def called(*arguments: Any, **options: Any) -> Any:
+            calls.append((*arguments, *options.values()))
             if isinstance(result, BaseException):
                 raise result
             return result
@@ -202,7 +202,10 @@ def test_the_other_commands_hand_over_what_was_typed(library: Any, capsys: Captu
     assert predicted == [(Path("RUN"), [str(home / "a b.png"), "c=d.png", "e"], home / "x.csv")]
     exported = library("export", "export_adapter", Path("out"))
     assert main(["export", "adapter", "RUN", "--fold", "2"]) == 0 and exported == [(Path("RUN"), None, 2)]
-    assert capsys.readouterr().out == "runs/r\nout\n"
+    model = library("export", "export_model", (Path("model"), ["one line"]))
+    assert main(["export", "model", "RUN", "--coeff", "expand", "--threshold", "0.1", "--out", "~/m"]) == 0
+    assert model == [(Path("RUN"), home / "m", None, "expand", 0.1)]
+    assert capsys.readouterr().out == "runs/r\nout\nmodel\n"
 
 
 def test_eval_reads_its_overrides(library: Any) -> None:

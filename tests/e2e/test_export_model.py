@@ -162,7 +162,7 @@ def test_wrong_runs_are_refused(run: Path, folds: Path, tmp_path: Path, capsys: 
     assert coeft("export", "adapter", run, "--coeff", "keep") == 2
     assert "belong to export model" in capsys.readouterr().err
     suite = tmp_path / "suite"
-    shutil.copytree(run, suite)
+    shutil.copytree(run, suite, ignore=shutil.ignore_patterns("export"))
     (suite / "results.json").write_text(json.dumps(results(run) | {"members": {"one": {}, "two": {}}}))
     assert coeft("export", "model", suite) == 2
     assert "is a suite; choose one of its runs: one, two" in capsys.readouterr().err
@@ -198,7 +198,7 @@ def trained_llama(seed: int = 0) -> tuple[HFBackbone, Stack]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     backbone.model.eval()
     return backbone, stack

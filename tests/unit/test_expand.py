@@ -236,3 +236,9 @@ def test_the_tables_name_what_is_tested() -> None:
         for site in tiny.tiny_backbone(family).sites:
             classes.add(f"{type(site.module).__module__}.{type(site.module).__qualname__}")
     assert set(expand_timm.EXPANDABLE) == classes
+
+
+def test_the_page_on_export_names_what_can_be_expanded() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    classes = [name.rpartition(".")[2] for name in expand_timm.EXPANDABLE]
+    assert not [name for name in [*classes, *expand_hf.EXPANDABLE] if f"`{name}`" not in page]
