@@ -59,7 +59,8 @@ def refusal(model: nn.Module, sites: Sequence[AttentionSite]) -> str | None:
     if others:
         return f"its layers are {', '.join(sorted(others))}, not {layout.attention}"
     names = [layout.joint] if layout.joint else ["q_proj", "k_proj", "v_proj"]
-    kinds = {type(site.module.get_submodule(name)) for site in sites for name in [*names, "o_proj"]} - {nn.Linear}
+    layers = [site.module.get_submodule(name) for site in sites for name in [*names, "o_proj"]]
+    kinds = {getattr(layer, "base_type", type(layer)) for layer in layers} - {nn.Linear}  # AdaptedLinear says of what
     if kinds:
         return f"its projections are {', '.join(sorted(kind.__qualname__ for kind in kinds))}, not plain linear layers"
     return None

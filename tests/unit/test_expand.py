@@ -228,6 +228,18 @@ def test_models_of_transformers_that_cannot_be_expanded_are_refused_by_name(fami
         check_expandable(backbone)
 
 
+def test_quantised_projections_are_refused() -> None:
+    class Quantised(nn.Linear):
+        pass
+
+    model = tiny_hf.tiny_model("llama")
+    backbone = describe(model)
+    for site in backbone.sites:
+        site.module.v_proj = Quantised(32, 16)
+    with pytest.raises(UserError, match="its projections are .*Quantised, not plain linear layers"):
+        check_expandable(backbone)
+
+
 def test_the_tables_name_what_is_tested() -> None:
     types = {tiny_hf.config_of(family).model_type for family in HF}
     assert set(expand_hf.EXPANDABLE) == types
