@@ -254,7 +254,7 @@ def _keep(
         adapter,
         backbone,
         rest,
-        base=adapter_io.fingerprint(base, backbone.head),
+        base=adapter_io.fingerprint(base, getattr(backbone, "heads", backbone.head)),
         num_outputs=num_outputs,
         class_names=class_names,
         card="",
