@@ -62,13 +62,14 @@ def export_model(
         raise UserError("--threshold: it chooses what --coeff expand leaves out; give both or neither")
     if threshold is not None and not 0 < threshold < float("inf"):
         raise UserError(f"--threshold must be a number above 0, not {threshold}")
-    with _made(out or run.path / "export" / _named("model", fold)) as (part, target):
-        from coeft.assemble import restore
-        from coeft.model_card import run_facts
-        from coeft.standalone import write_standalone
+    wanted = _free(out or run.path / "export" / _named("model", fold))
+    from coeft.assemble import restore
+    from coeft.model_card import run_facts
+    from coeft.standalone import write_standalone
 
-        built, class_names = restore(run.config, source)
-        num_outputs = outputs(read_manifest(source), class_names)
+    built, class_names = restore(run.config, source)
+    num_outputs = outputs(read_manifest(source), class_names)
+    with _made(wanted) as (part, target):
         summary = write_standalone(
             part,
             built.backbone,
@@ -86,6 +87,14 @@ def _named(what: str, fold: int | None) -> str:
     return what if fold is None else f"{what}_fold_{fold}"
 
 
+def _free(target: Path) -> Path:
+    """The path of a folder that does not exist yet; UserError if it does."""
+    target = target.expanduser()
+    if target.exists():
+        raise UserError(f"--out: {target} exists; choose another folder")
+    return target
+
+
 @contextmanager
 def _made(target: Path) -> Iterator[tuple[Path, Path]]:
     """A hidden folder to write to that becomes `target` when all went well, and is removed when not.
@@ -93,9 +102,7 @@ def _made(target: Path) -> Iterator[tuple[Path, Path]]:
     Raises:
         UserError: `target` exists or cannot be written.
     """
-    target = target.expanduser()
-    if target.exists():
-        raise UserError(f"--out: {target} exists; choose another folder")
+    target = _free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -8,7 +8,7 @@ from coeft.assemble import Assembled, describe_inputs
 from coeft.backbones._backbone import Backbone
 from coeft.config import TrainConfig
 from coeft.data._data import NOUNS
-from coeft.run import versions
+from coeft.run import shorten_home, versions
 
 if TYPE_CHECKING:
     from coeft.standalone import Summary
@@ -78,17 +78,17 @@ def standalone_card(backbone: Backbone, summary: "Summary", facts: Mapping[str, 
     Args:
         facts: name -> text, on where the model comes from.
     """
-    library = LIBRARIES[backbone.kind]
+    base, library = shorten_home(backbone.name), LIBRARIES[backbone.kind]
     needs = f"{library} and coeft, which runs {', '.join(summary.kept)}" if summary.kept else f"{library} alone"
     listed = "\n".join(f"- {name}: {text}" for name, text in facts.items())
     done = "\n".join(f"- {line[0].upper()}{line[1:]}" for line in summary.lines())
     return f"""---
 library_name: {library}
-base_model: {backbone.name}
+base_model: {base}
 tags: [coeft]
 ---
 
-# {backbone.name}, fine-tuned
+# {base}, fine-tuned
 
 {listed}
 
@@ -117,7 +117,7 @@ def run_facts(cfg: TrainConfig, results: Mapping[str, Any], fold: int | None) ->
         row = rows[fold or 0]
         value, on = row["value"], f"{row['n_test'] or row['n_val']} {'test' if row['n_test'] else 'validation'} samples"
     return {
-        "Base model": f"{cfg.backbone.kind} `{getattr(cfg.backbone, 'name', cfg.backbone.kind)}`",
+        "Base model": f"{LIBRARIES[cfg.backbone.kind]} `{shorten_home(cfg.backbone.name)}`",
         "Data": " ".join(filter(None, [cfg.data.kind, str(getattr(cfg.data, "name", None) or "")])),
         "Methods": ", ".join(cfg.peft) or "none (the head alone)",
         "Recipe": f"{cfg.recipe or 'none'}, seed {cfg.seed}",

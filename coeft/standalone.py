@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from coeft import adapter_io
-from coeft.adapt import Stack, merge
+from coeft.adapt import AdaptedLinear, Stack, merge
 from coeft.attention.expansion import check_expandable, expand_backbone, mixing
 from coeft.backbones import _stock
 from coeft.backbones._backbone import Backbone
@@ -129,8 +129,7 @@ def write_standalone(
         kept.remove("coeff")
     rest = Stack({method: stack.methods[method] for method in kept})
     rest.attachments = [attachment for attachment in stack.attachments if attachment.method in kept]
-    apart = {name for attachment in rest.attachments for name in attachment.parameters}
-    _stock.save(backbone, folder, without=apart, class_names=class_names, expanded=arguments)
+    _stock.save(backbone, folder, without=_apart(model, rest), class_names=class_names, expanded=arguments)
     loaded = _stock.load(backbone, folder, expanded=bool(arguments))
     price = None
     if kept:
@@ -221,6 +220,13 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _apart(model: nn.Module, rest: Stack) -> set[str]:
+    """Names in the state dict of what belongs to the methods that stay apart."""
+    updates = tuple(f"{name}.updates." for name, m in model.named_modules() if isinstance(m, AdaptedLinear))
+    owned = {name for attachment in rest.attachments for name in attachment.parameters}
+    return owned | {name for name in model.state_dict() if name.startswith(updates)}
+
+
 def _cache(backbone: Backbone, heads: Mapping[str, Heads]) -> tuple[int, int] | None:
     """Bytes of keys and values a token before and after, of the layers that look back only."""
     before = after = 0
@@ -248,7 +254,7 @@ def _dropped(backbone: Backbone, threshold: float) -> str:
 def _keep(
     folder: Path, backbone: Backbone, rest: Stack, base: nn.Module, num_outputs: int, class_names: list[str]
 ) -> nn.Module:
-    """Write the adapter of the methods that stay apart beside the files of the base model; load it into `base`."""
+    """Write the adapter of the methods that stay apart, made for the base model of the files; load it into that."""
     adapter = folder / "adapter"
     adapter_io.save_adapter(
         adapter,
@@ -257,10 +263,6 @@ def _keep(
         base=adapter_io.fingerprint(base, getattr(backbone, "heads", backbone.head)),
         num_outputs=num_outputs,
         class_names=class_names,
-        card="",
+        card=f"The part of the model in the folder above that needs coeft: {', '.join(rest.methods)}. See its README.md.\n",
     )
-    (adapter / "README.md").unlink()
-    for path in adapter.iterdir():
-        path.rename(folder / path.name)
-    adapter.rmdir()
-    return adapter_io.load_adapter(base, folder)
+    return adapter_io.load_adapter(base, adapter)

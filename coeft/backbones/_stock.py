@@ -117,7 +117,7 @@ def loading_code(backbone: Backbone, *, expanded: bool = False, adapter: bool = 
 
     Args:
         expanded: layers have more heads than usual.
-        adapter: the folder holds an adapter besides, which needs coeft.
+        adapter: the folder holds an adapter in adapter/, which needs coeft.
     """
     if backbone.kind == "hf":
         name = type(backbone.model).__name__
@@ -132,7 +132,7 @@ def loading_code(backbone: Backbone, *, expanded: bool = False, adapter: bool = 
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         lines.append(f"# for images of this size: model(pixel_values=..., {given})")
     if adapter:
-        lines = ["import coeft", *lines, 'model = coeft.load_adapter(model, ".")']
+        lines = ["import coeft", *lines, 'model = coeft.load_adapter(model, "./adapter")']
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from small import coeft, results, trained
 from torch import Tensor, nn
 
 import coeft as library
-from coeft.adapt import Stack
+from coeft.adapt import Stack, Update
 from coeft.assemble import restore
 from coeft.backbones import _stock
 from coeft.backbones._backbone import Preprocessing
@@ -72,10 +72,6 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
-def leftovers(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
-
-
 @torch.no_grad()
 def test_what_folds_is_in_the_weights_of_a_stock_model(
     folds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -105,15 +101,16 @@ def test_coeff_is_kept_beside_the_weights(
     folder = run / "export" / "model"
     assert shown.out.strip() == str(folder)
     assert "folded into the weights: lora" in shown.err and "needs coeft: coeff" in shown.err
-    assert (folder / "coeff" / "adapter_config.json").exists() and not (folder / "adapter_config.json").exists()
-    assert [settings["kind"] for settings in json.loads((folder / "coeft.json").read_text())["stack"]] == ["coeff"]
+    adapter = folder / "adapter"
+    assert (adapter / "coeff" / "adapter_config.json").exists() and not (adapter / "adapter_config.json").exists()
+    assert [settings["kind"] for settings in json.loads((adapter / "coeft.json").read_text())["stack"]] == ["coeff"]
     close(loaded(folder, monkeypatch)(images()), trained_logits(run))
     without = _stock.load(restore(Run.open(run).config, run / "adapter")[0].backbone, folder)
     assert (without(images()) - trained_logits(run)).abs().max() > 1e-2
     with pytest.raises(UserError, match="other weights"):
         first = next(without.parameters())
         first.add_(1.0)
-        library.load_adapter(without, folder)
+        library.load_adapter(without, adapter)
     assert coeft("export", "model", run) == 2  # never overwrites
 
 
@@ -282,6 +279,22 @@ def test_an_image_model_of_transformers_comes_with_its_image_processor(
     assert pixels.shape == (1, 3, 32, 32)
     torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([-2.0, -2.5, -3.0]))
     torch.testing.assert_close(pixels[0, :, 0, -1], torch.tensor([3.0, 2.5, 2.0]))
+
+
+@torch.no_grad()
+def test_updates_that_do_not_merge_are_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.enable_grad():
+        backbone, stack = trained_llama()
+    tokens = torch.randint(3, tiny_hf.VOCAB, (3, 20), generator=torch.Generator().manual_seed(5))
+    wanted = backbone.model(tokens).logits
+    stack.attachments[1].merges = False
+    for module in backbone.model.modules():
+        if isinstance(module, Update):
+            module.mergeable = False
+    summary = write(tmp_path / "out", backbone, stack)
+    assert summary.folded == [] and summary.kept == ["coeff", "lora"]
+    close(loaded(tmp_path / "out", monkeypatch)(tokens).logits, wanted)
+    assert "kept beside them, needs coeft: coeff, lora" in summary.lines()
 
 
 def test_methods_that_cannot_be_folded_at_all_are_named(tmp_path: Path) -> None:
