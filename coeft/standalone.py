@@ -49,7 +49,7 @@ class Price:
         counts = sorted(set(self.heads.values()))
         found = ", ".join(f"{before} -> {after}" for before, after in counts)
         shown = [
-            f"heads of {len(self.heads)} attention layers: {found}",
+            f"heads of {len(self.heads)} attention layer{'s' if len(self.heads) > 1 else ''}: {found}",
             f"parameters: {_change(*self.parameters)}",
             f"floating-point operations for {self.probe}: {_change(*self.flops)}",
         ]
@@ -263,6 +263,6 @@ def _keep(
         base=adapter_io.fingerprint(base, getattr(backbone, "heads", backbone.head)),
         num_outputs=num_outputs,
         class_names=class_names,
-        card=f"The part of the model in the folder above that needs coeft: {', '.join(rest.methods)}. See its README.md.\n",
+        card=f"The part of the model above that needs coeft: {', '.join(rest.methods)}. See ../README.md.\n",
     )
     return adapter_io.load_adapter(base, adapter)

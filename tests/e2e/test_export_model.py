@@ -244,6 +244,10 @@ def test_expanded_models_run_in_plain_timm_and_transformers(run: Path, tmp_path:
     assert summary.folded == ["coeff", "lora"] and not summary.kept
     assert summary.price is not None and summary.price.cache == (2 * 2 * 2 * 8 * 4, 2 * 2 * 4 * 8 * 4)
     assert set(summary.price.heads.values()) == {(4, 8)}
+    tokens_in_probe, layers = 4 * 16, 2
+    weights = layers * (32 * 64 + 2 * 32 * 32 + 64 * 32 + 3 * 32 * 48) + 32 * tiny_hf.VOCAB
+    maps = layers * 2 * 4 * 8 * 16 * 16 * 8  # two products of (16, 8) and (8, 16) for 4 texts and 8 heads
+    assert summary.price.flops[1] == pytest.approx(2 * (tokens_in_probe * weights + maps), rel=1e-3)
     inputs = {"timm model": images(), "llama": tokens}
     jobs = [(str(tmp_path / name), code_of(tmp_path / name), inputs[name]) for name in wanted]
     torch.save(jobs, tmp_path / "jobs.pt")

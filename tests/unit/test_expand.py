@@ -82,6 +82,12 @@ def test_a_threshold_leaves_out_what_is_smaller_and_nothing_else() -> None:
     torch.testing.assert_close(kept, torch.where(mixing.abs() < 0.1, 0.0, mixing).double())
 
 
+def test_a_layer_of_which_nothing_is_left_keeps_a_head_that_gives_zero() -> None:
+    found = expand(torch.eye(3), threshold=2.0)
+    assert found.num_heads == 0
+    assert torch.equal(found.padded(1).of_outputs(draw(5, 12)), torch.zeros(5, 4, dtype=torch.float64))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="5 key-value heads"):
         expand(torch.eye(6), 5)
@@ -119,6 +125,16 @@ def test_expanded_layers_of_timm_give_the_same_logits(family: str, tmp_path: Pat
     wanted = backbone.model(images)
     assert (wanted - before).abs().max() > 0.1
     torch.testing.assert_close(expanded_timm(backbone, tmp_path)(images), wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_of_timm_without_coeff_stay_as_they_are(tmp_path: Path) -> None:
+    backbone, images = tiny.tiny_backbone("vit"), tiny.tiny_images("vit")
+    mix(backbone, layers=[-1])
+    wanted = backbone.model(images)
+    expanded = expanded_timm(backbone, tmp_path)
+    assert [block.attn.num_heads for block in expanded.blocks] == [3, 9]
+    torch.testing.assert_close(expanded(images), wanted, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
