@@ -260,7 +260,7 @@ def _keep(
         adapter,
         backbone,
         rest,
-        base=adapter_io.fingerprint(base, getattr(backbone, "heads", backbone.head)),
+        base=adapter_io.fingerprint(base, backbone.heads),
         num_outputs=num_outputs,
         class_names=class_names,
         card=f"The part of the model above that needs coeft: {', '.join(rest.methods)}. See ../README.md.\n",
