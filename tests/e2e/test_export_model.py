@@ -12,7 +12,7 @@ import pytest
 import tiny_hf
 import torch
 from safetensors.torch import load_file
-from small import coeft, results, trained
+from small import DIGITS, coeft, results, trained
 from torch import Tensor, nn
 
 import coeft as library
@@ -256,6 +256,57 @@ def test_expanded_models_run_in_plain_timm_and_transformers(run: Path, tmp_path:
     assert process.returncode == 0, process.stderr
     for name, logits in wanted.items():
         close(torch.load(tmp_path / name / "logits.pt"), logits)
+
+
+@torch.no_grad()
+def test_a_model_of_transformers_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At another size than its own, which transformers' forward has to be told."""
+    tiny_hf.tiny_model("vit").save_pretrained(tmp_path / "base")
+    source = ["backbone=hf", f"backbone.name={tmp_path / 'base'}", "data.image_size=48"]
+    options = ["peft=[coeff,lora]", "peft.coeff.lr=0.2", "peft.coeff.layers=[0]", "trainer.max_epochs=1"]
+    with torch.enable_grad():
+        options += ["trainer.progress=false", "optim.lr=3e-3", f"run_dir={tmp_path / 'run'}"]
+        assert coeft("train", *source, *DIGITS, *options) == 0
+    opened = Run.open(tmp_path / "run")
+    built, _ = restore(opened.config, opened.adapter())
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    built.backbone.model.eval()
+    wanted = built.backbone.forward({"pixel_values": pixels})
+    capsys.readouterr()
+    for way in ("keep", "expand"):
+        assert coeft("export", "model", tmp_path / "run", "--coeff", way, "--out", tmp_path / way) == 0
+        assert "model(pixel_values=..., interpolate_pos_encoding=True)" in code_of(tmp_path / way)
+        model = loaded(tmp_path / way, monkeypatch)
+        close(model(pixel_values=pixels, interpolate_pos_encoding=True).logits, wanted)
+        assert model.config.id2label[9] == "9"
+    assert "heads of 2 attention layers: 3 -> 9\n" in capsys.readouterr().err
+    config = json.loads((tmp_path / "expand" / "config.json").read_text())
+    assert (config["num_attention_heads"], config["head_dim"], config["hidden_size"]) == (9, 8, 24)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_with_coeff_becomes_a_plain_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real model: 9 heads over 3 keys and values need 27; the config takes 36, which divide the width of 576."""
+    from models import smollm2
+
+    from coeft.backbones.hf import HF
+
+    backbone: Any = HF(name="HuggingFaceTB/SmolLM2-135M-Instruct", weights=str(smollm2())).build(0, 0, head="lm")
+    stack = Stack({"coeff": settings_class("peft", "coeff")()})
+    stack.attach(backbone, 0)
+    draw = torch.Generator().manual_seed(0)
+    for site in backbone.sites:
+        site.module.coeff_mix.set_alpha(0.02 * torch.randn(9, 9, generator=draw))
+    backbone.model.eval()
+    tokens = backbone.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    wanted = backbone.model(tokens).logits
+    summary = write(tmp_path / "out", backbone, stack, expand=True)
+    assert summary.price is not None and set(summary.price.heads.values()) == {(9, 36)}
+    model = loaded(tmp_path / "out", monkeypatch)
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
