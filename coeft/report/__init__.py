@@ -1,0 +1,1 @@
+"""`coeft report`: tables, statistics, pictures and one HTML page about finished runs."""

@@ -1,0 +1,295 @@
+"""Finding finished runs in folders, and putting those together that differ in their seed alone."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from coeft.config import TrainConfig, to_dict
+from coeft.errors import UserError
+from coeft.report.folders import Found, find
+from coeft.report.statistics import Comparison, Summary, compare, summarize
+from coeft.run import Run, read_json
+
+# metrics of which less is better
+SMALLER_IS_BETTER = ("loss", "calibration_error", "mae", "mse", "rmse", "perplexity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A complete run with one seed, and what its folds wrote."""
+
+    run: Run
+    name: str
+    """Its folder, counted from the folder that all runs of the report share."""
+    fingerprint: str | None
+    """Of its data; None if environment.json is gone."""
+    folds: tuple[dict[str, Any], ...]
+    """fold.json of every scored fold, in order; empty if they are gone."""
+    trial: bool = False
+    """Part of a sweep: scored on validation data, since choosing by the held-out data would make it worthless."""
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.run.config
+
+    @cached_property
+    def scores(self) -> dict[tuple[int, int], float]:
+        """(seed, fold) -> score."""
+        if self.trial:
+            found = {index: fold.get("validation") for index, fold in enumerate(self.folds)}
+        else:
+            found = {row["fold"]: row["value"] for row in self.run.results["folds"]}
+        return {(self.config.seed, index): value for index, value in found.items() if value is not None}
+
+    @property
+    def scored_on(self) -> str:
+        """held-out folds, test split or validation."""
+        rows = self.run.results["folds"]
+        if self.trial or not any(row["n_test"] for row in rows):
+            return "validation"
+        return "held-out folds" if self.config.cv.folds > 1 else "test split"
+
+    @property
+    def division(self) -> tuple[Any, ...] | None:
+        """Equal for two runs whose folds hold the same samples; None if that cannot be told."""
+        cv = self.config.cv
+        if self.fingerprint is None:
+            return None
+        return self.fingerprint, max(1, cv.folds), cv.stratified, cv.group, self.config.seed, self.scored_on
+
+    @property
+    def ratio(self) -> float:
+        """Held-out samples for each sample that the fold's model has learnt or picked its epoch from; 0 without folds."""
+        if self.config.cv.folds < 2 or self.trial:
+            return 0.0
+        shares = [row["n_test"] / (row["n_train"] + row["n_val"]) for row in self.run.results["folds"]]
+        return sum(shares) / len(shares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Runs that differ in their seed alone: one row of the comparison."""
+
+    name: str
+    records: tuple[Record, ...]
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.records[0].config
+
+    @property
+    def metric(self) -> str:
+        return self.records[0].run.results["metric"]
+
+    @property
+    def scored_on(self) -> str:
+        return self.records[0].scored_on
+
+    @property
+    def larger_is_better(self) -> bool:
+        return self.metric not in SMALLER_IS_BETTER
+
+    @property
+    def stack(self) -> str:
+        """Such as "coeff + lora"."""
+        return " + ".join(self.config.peft) or "head only"
+
+    @cached_property
+    def scores(self) -> dict[tuple[int, int], float]:
+        """(seed, fold) -> score, over all its runs."""
+        return {key: value for record in self.records for key, value in record.scores.items()}
+
+    @cached_property
+    def summary(self) -> Summary | None:
+        """Of its scores; None if there is none."""
+        scores = list(self.scores.values())
+        return summarize(scores, ratio=self.records[0].ratio) if scores else None
+
+    def value(self, key: str) -> float | None:
+        """The mean over its runs of a number in results.json, such as wall_s; None if none has it."""
+        found = [record.run.results.get(key) for record in self.records]
+        known = [value for value in found if isinstance(value, int | float)]
+        return sum(known) / len(known) if known else None
+
+    def against(self, baseline: "Setting") -> tuple[Comparison | None, str]:
+        """The paired test against a baseline over the folds and seeds that both have; or why there is none."""
+        if self.metric != baseline.metric:
+            return None, f"another metric ({self.metric})"
+        ours = {record.division: record for record in self.records if record.division is not None}
+        theirs = {record.division: record for record in baseline.records if record.division is not None}
+        shared = [(ours[key], theirs[key]) for key in ours if key in theirs]
+        pairs = [
+            (own.scores[key], other.scores[key])
+            for own, other in shared
+            for key in sorted(own.scores.keys() & other.scores.keys())
+        ]
+        if not pairs:
+            return None, "other data, folds or seeds"
+        own, other = zip(*pairs, strict=True)
+        return compare(own, other, ratio=shared[0][0].ratio), "" if len(pairs) > 1 else "a single score"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incomplete:
+    """A folder that looks like a run, but cannot be read as a complete one."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """Everything that a report is about."""
+
+    settings: list[Setting]
+    incomplete: list[Incomplete]
+    sweeps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Folder -> results.json of a complete sweep."""
+
+
+def collect(paths: Sequence[str | Path]) -> Collection:
+    """The runs in some folders, those that differ in their seed alone put together.
+
+    Args:
+        paths: run directories, suites, sweeps, or folders of them.
+    Raises:
+        UserError: a path is missing or holds no run, or no run is complete.
+    """
+    found: dict[Path, Found] = {}
+    for text in paths:
+        path = Path(text).expanduser()
+        if not path.is_dir():
+            raise UserError(f"{path}: no such run directory")
+        here = list(find(path, inside_sweep=_inside_sweep(path)))
+        if not here:
+            raise UserError(f"{path}: there is no run in this folder")
+        found |= {each.path.resolve(): each for each in here}
+    records: list[Record] = []
+    incomplete: list[Incomplete] = []
+    sweeps: dict[str, dict[str, Any]] = {}
+    for each in found.values():
+        if each.kind == "sweep":
+            if (each.path / "results.json").is_file():
+                sweeps[str(each.path)] = read_json(each.path / "results.json")
+            else:
+                incomplete.append(Incomplete(path=each.path, reason="the sweep did not complete"))
+        elif each.kind == "suite":
+            if not (each.path / "results.json").is_file():
+                incomplete.append(Incomplete(path=each.path, reason="the suite did not complete"))
+        else:
+            try:
+                records.append(read_record(each))
+            except (UserError, KeyError, TypeError) as error:
+                incomplete.append(Incomplete(path=each.path, reason=_reason(error, each.path)))
+    if not records:
+        listed = "\n".join(f"  {each.path}: {each.reason}" for each in incomplete)
+        raise UserError(f"no complete run to report on:\n{listed}")
+    return Collection(settings=group(named(records)), incomplete=incomplete, sweeps=sweeps)
+
+
+def _inside_sweep(path: Path) -> bool:
+    return any((parent / "sweep.yaml").is_file() for parent in path.resolve().parents)
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if not isinstance(error, UserError):
+        return f"results.json is not that of a run ({type(error).__name__}: {error})"
+    first = str(error).splitlines()[0]
+    return first.removeprefix(f"{path}: ").removeprefix(f"{path} ")
+
+
+def read_record(found: Found) -> Record:
+    """A complete run with what its folds wrote.
+
+    Raises:
+        UserError: the run is not complete, or a file of it cannot be read.
+        KeyError: results.json lacks what every run writes.
+    """
+    run = Run.open(found.path)
+    results = run.results
+    for key in ("metric", "folds", "trainable_params"):
+        results[key]
+    files = [run.path / f"fold_{fold}" / "fold.json" for fold in run.folds] or [run.path / "fold.json"]
+    environment = run.path / "environment.json"
+    return Record(
+        run=run,
+        name=run.path.name,
+        fingerprint=read_json(environment).get("data_fingerprint") if environment.is_file() else None,
+        folds=tuple(read_json(file) for file in files) if all(file.is_file() for file in files) else (),
+        trial=found.trial,
+    )
+
+
+def named(records: Sequence[Record]) -> list[Record]:
+    """The records, each called by its path from the folder that they share; a single one by its own folder."""
+    paths = [record.run.path.resolve() for record in records]
+    if len(paths) == 1:
+        return [replace(records[0], name=paths[0].name)]
+    shared = os.path.commonpath(paths)
+    return [
+        replace(record, name=Path(os.path.relpath(path, shared)).as_posix())
+        for record, path in zip(records, paths, strict=True)
+    ]
+
+
+def group(records: Iterable[Record]) -> list[Setting]:
+    """Runs whose configs differ in the seed alone, put together; the same seed twice is two settings."""
+    groups: list[list[Record]] = []
+    keys: list[tuple[Any, ...]] = []
+    for record in records:
+        key = (_identity(record.config), record.scored_on, record.trial)
+        for place, known in enumerate(keys):
+            if known == key and record.config.seed not in [other.config.seed for other in groups[place]]:
+                groups[place].append(record)
+                break
+        else:
+            keys.append(key)
+            groups.append([record])
+    settings: list[Setting] = []
+    for members in groups:
+        name = members[0].name
+        if len(members) > 1:
+            name = re.sub(r"[-/_]?seed_?\d+$", "", name) or members[0].config.recipe or "run"
+        taken = [setting.name for setting in settings]
+        numbered = [name, *(f"{name} ({count})" for count in range(2, len(groups) + 2))]
+        settings.append(Setting(name=next(n for n in numbered if n not in taken), records=tuple(members)))
+    return settings
+
+
+def _identity(config: TrainConfig) -> str:
+    """The settings without the seed, and without what does not decide numbers."""
+    tree = to_dict(replace(config, seed=0, seeds=[], suite={}, run_dir=None, recipe=None, dry_run=False))
+    tree.pop("logger")
+    tree["trainer"].pop("progress")
+    return json.dumps(tree, sort_keys=True, default=str)
+
+
+def differing(settings: Sequence[Setting]) -> dict[str, list[Any]]:
+    """Dotted keys of the configs whose values are not the same in all settings -> value in each, None where absent."""
+    flat = [_flat(_plain(setting)) for setting in settings]
+    keys = list(dict.fromkeys(key for tree in flat for key in tree))
+    values = {key: [tree.get(key) for tree in flat] for key in keys}
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+
+
+def _plain(setting: Setting) -> dict[str, Any]:
+    tree = to_dict(replace(setting.config, run_dir=None, suite={}, seeds=[], seed=0))
+    tree["seed"] = [record.config.seed for record in setting.records]
+    tree["stack"] = setting.stack
+    return tree
+
+
+def _flat(tree: Any, inside: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{inside}{key}"
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
