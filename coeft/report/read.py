@@ -64,7 +64,7 @@ class Record:
 
     @property
     def ratio(self) -> float:
-        """Held-out samples for each sample that the fold's model has learnt or picked its epoch from; 0 without folds."""
+        """Held-out samples for each one that the fold's model has learnt or picked its epoch from; 0 without folds."""
         if self.config.cv.folds < 2 or self.trial:
             return 0.0
         shares = [row["n_test"] / (row["n_train"] + row["n_val"]) for row in self.run.results["folds"]]

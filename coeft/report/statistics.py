@@ -1,10 +1,10 @@
 """Statistics of scores over folds and seeds.
 
-The folds of a cross-validation share training data, so their scores are not independent and the usual t interval is too
-narrow. Everything here therefore takes the ratio of held-out to training samples, with which Nadeau and Bengio correct
-the variance ("Inference for the Generalization Error", Machine Learning 52, 2003); with ratio 0 it is the usual one. For
-several cross-validations with different seeds it is the corrected repeated k-fold test of Bouckaert and Frank ("Evaluating
-the Replicability of Significance Tests for Comparing Learning Algorithms", PAKDD 2004).
+The folds of a cross-validation share training data, so their scores are not independent and the usual t interval is
+too narrow. Everything here therefore takes the ratio of held-out to training samples, with which Nadeau and Bengio
+correct the variance ("Inference for the Generalization Error", Machine Learning 52, 2003); with ratio 0 it is the usual
+one. For several cross-validations with different seeds it is the corrected repeated k-fold test of Bouckaert and Frank
+("Evaluating the Replicability of Significance Tests for Comparing Learning Algorithms", PAKDD 2004).
 """
 
 import math

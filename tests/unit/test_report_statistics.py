@@ -33,7 +33,7 @@ def test_the_correction_by_hand() -> None:
     found = compare(SCORES, OTHERS, ratio=1 / 4)
     assert found.difference == pytest.approx(0.022)
     assert found.t == pytest.approx(2.2 / 1.2)
-    # t of 4 degrees of freedom in closed form: P(T > t) = 1/2 - 3/8 x (1 - x^2/12 (…)) by its distribution function
+    # the distribution function of t with 4 degrees of freedom is 1/2 + 3/4 (x - x^3/3), x = t / sqrt(4 + t^2)
     x = found.t / math.sqrt(4 + found.t**2)
     assert found.p == pytest.approx(2 * (0.5 - 0.75 * (x - x**3 / 3)))
     # and the interval: 2.776445 is the 97.5 % quantile in every table of t with 4 degrees of freedom
