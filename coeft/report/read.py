@@ -269,19 +269,31 @@ def _identity(config: TrainConfig) -> str:
     return json.dumps(tree, sort_keys=True, default=str)
 
 
-def differing(settings: Sequence[Setting]) -> dict[str, list[Any]]:
-    """Dotted keys of the configs whose values are not the same in all settings -> value in each, None where absent."""
+def differing(settings: Sequence[Setting]) -> dict[str, list[str]]:
+    """Dotted keys of the configs whose values are not the same in all settings -> value in each, – where absent."""
     flat = [_flat(_plain(setting)) for setting in settings]
     keys = list(dict.fromkeys(key for tree in flat for key in tree))
-    values = {key: [tree.get(key) for tree in flat] for key in keys}
-    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+    values = {key: [_text(tree[key]) if key in tree else "–" for tree in flat] for key in keys if key != "peft"}
+    return {key: row for key, row in values.items() if len(set(row)) > 1 and not _implied(key)}
+
+
+def _implied(key: str) -> bool:
+    """Whether a key says no more than the stack does."""
+    return key.startswith("peft.") and key.endswith(".kind")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _plain(setting: Setting) -> dict[str, Any]:
     tree = to_dict(replace(setting.config, run_dir=None, suite={}, seeds=[], seed=0))
-    tree["seed"] = [record.config.seed for record in setting.records]
-    tree["stack"] = setting.stack
-    return tree
+    seeds = [record.config.seed for record in setting.records]
+    return {"stack": setting.stack, **tree, "seed": seeds if len(seeds) > 1 else seeds[0]}
 
 
 def _flat(tree: Any, inside: str = "") -> dict[str, Any]:
