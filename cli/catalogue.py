@@ -1,18 +1,16 @@
 """coeft list, show and copy: what there is, found by listing the folders."""
 
-import argparse
 import ast
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from coeft.errors import UserError, near
 
-from .arguments import Parser
+from . import runs
+from .arguments import Parser, write_rows
 
 CONF = Path(str(files("coeft.conf")))
 RECIPES = Path(str(files("coeft.recipes")))
@@ -43,24 +41,28 @@ def recipe_file(name: str) -> Path:
 
 def list_main(argv: list[str]) -> int:
     """coeft list WHAT [FILTER]"""
-    parser = Parser("list", "List what there is. FILTER is a part of the name; for runs, the folder to look in.")
-    parser.add_argument("what", choices=sorted(_LISTS), metavar="WHAT", help=", ".join(_LISTS))
-    parser.add_argument("filter", nargs="?", default="", metavar="FILTER")
-    arguments = parser.parse_args(argv)
-    rows = list(_LISTS[arguments.what](arguments.filter))
+    parser = Parser("list", "List what there is. FILTER is a part of the name; for runs, also the folder to look in.")
+    parser.add_argument("what", choices=sorted({*_LISTS, "runs"}), metavar="WHAT", help=", ".join([*_LISTS, "runs"]))
+    parser.add_argument("filter", nargs="*", default=[], metavar="FILTER")
+    parser.add_argument("--sort", choices=runs.SORTS, help=f"runs: by {', '.join(runs.SORTS)}; default: run")
+    parser.add_argument("--reverse", action="store_true", help="runs: the other way round")
+    parser.add_argument("--status", choices=["completed", "incomplete"], help="runs: these alone")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.what == "runs":
+        return runs.show(arguments)
+    if arguments.sort or arguments.reverse or arguments.status:
+        raise UserError(f"--sort, --reverse and --status belong to coeft list runs, not {arguments.what}")
+    if len(arguments.filter) > 1:
+        raise UserError(f"list: one FILTER, not {' '.join(arguments.filter)}")
+    part = "".join(arguments.filter)
+    rows = list(_LISTS[arguments.what](part))
     if not rows:
-        raise UserError(f"no {arguments.what} match {arguments.filter!r}" if arguments.filter else _nothing(arguments))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        raise UserError(f"no {arguments.what} match {part!r}" if part else f"no {arguments.what}")
+    write_rows(rows)
     if arguments.what == "backbones":
         print("any timm model: backbone=timm backbone.name=NAME", file=sys.stderr)
         print("any model of transformers: backbone=hf backbone.name=OWNER/NAME or a folder", file=sys.stderr)
     return 0
-
-
-def _nothing(arguments: argparse.Namespace) -> str:
-    return "no runs in runs/; give the folder to look in" if arguments.what == "runs" else f"no {arguments.what}"
 
 
 def _recipes(part: str) -> Iterator[tuple[str, ...]]:
@@ -92,49 +94,11 @@ def _about(group: str, option: str) -> str:
     return str(name) if name not in (None, "???") else about
 
 
-def _runs(folder: str) -> Iterator[tuple[str, ...]]:
-    import json
-
-    root = Path(folder or "runs").expanduser()
-    if folder and not root.is_dir():
-        raise UserError(f"no folder {root}")
-    for config in sorted(_configs(root)):
-        run = config.parent
-        status, metric, value = "incomplete", "", ""
-        try:
-            results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError):
-            status = "results.json unreadable"
-        else:
-            status, metric = str(results.get("status", "?")), str(results.get("metric") or "")
-            value = _measured(results)
-        yield str(run), status, metric, value
-
-
-def _configs(root: Path) -> Iterator[Path]:
-    """config.yaml of every run below a folder, without looking inside the parts of a run."""
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith((".", "fold_")))
-        if "config.yaml" in names:
-            below[:] = [name for name in below if name not in ("checkpoints", "adapter", "plots", "export", "wandb")]
-            yield Path(folder) / "config.yaml"
-
-
-def _measured(results: dict[str, Any]) -> str:
-    value, std = results.get("value"), results.get("std")
-    if not isinstance(value, int | float):
-        return ""
-    return f"{value:.4f}" + (f" ± {std:.4f}" if isinstance(std, int | float) else "")
-
-
 _LISTS: dict[str, Callable[[str], Iterator[tuple[str, ...]]]] = {
     "recipes": _recipes,
     "backbones": _group("backbone"),
     "methods": _group("peft"),
     "datasets": _group("data"),
-    "runs": _runs,
 }
 
 

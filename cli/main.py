@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": ("evaluate", "main", "measure a finished run, on its test split or on other data"),
     "predict": ("predict", "main", "predict files, folders, tables or standard input"),
     "export": ("export", "main", "hand out a run's adapter, or a model of its own"),
+    "report": ("report", "main", "compare finished runs: one HTML file, or a table"),
     "list": ("catalogue", "list_main", "list recipes, backbones, methods, datasets or runs"),
     "show": ("catalogue", "show_main", "print a recipe or a method's card"),
     "cache": ("cache", "main", "show or clear the cache of decoded images"),

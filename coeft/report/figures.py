@@ -9,19 +9,24 @@ import io
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from coeft.report.read import Setting
 from coeft.report.statistics import Bin, pareto
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 INK, SOFT, LINE = "#1b1d20", "#5b6168", "#d5d9de"
 SERIES = ("#0f6cbd", "#b25a00", "#2c7a35", "#8a41ab", "#00798a", "#b8352a")
@@ -54,6 +59,17 @@ STYLE = {
 }
 
 
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Draw in the style of reports, whatever matplotlib is set to."""
+
+    @wraps(draw)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapped
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """A drawing with the words that belong to it."""
@@ -73,25 +89,31 @@ class Figure:
             path.write_bytes(_rendered(self, path.suffix[1:], clear=False))
         return paths
 
-    def inline(self) -> str:
-        """An <svg> element for a page: ids of its own, no namespace addresses, colours by theme."""
+    def inline(self) -> tuple[str, int]:
+        """An <svg> element for a page, and its width in pixels: ids of its own, no addresses, colours by theme."""
         text = _rendered(self, "svg", clear=True).decode("utf-8")
         text = text[text.index("<svg") :]
+        text = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
         text = re.sub(r'\s+xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
-        text = _own_ids(text, self.key)
+        text = re.sub(r' (?:d|x|y|transform)="[^"]*"', _rounded, _own_ids(text, self.key))
         for name, colour in _variables().items():
             text = text.replace(colour, f"var({name})")
         text = re.sub(r"font: ([^;\"']*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", text)
-        width = re.search(r'<svg[^>]*? width="([\d.]+)pt"', text)
-        text = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", text, count=1)
-        text = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", text, count=1)
+        size = re.search(r'<svg[^>]*? width="([\d.]+)pt"', text)
+        assert size is not None
+        for _ in range(2):
+            text = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", text, count=1)
         label = self.alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-        pixels = round(float(width[1]) * 4 / 3) if width else 600
-        return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="width:{pixels}px"', 1)
+        return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1), round(float(size[1]) * 4 / 3)
 
 
 def _variables() -> dict[str, str]:
     return {"--ink": INK, "--soft": SOFT, "--line": LINE, **{f"--c{n}": colour for n, colour in enumerate(SERIES)}}
+
+
+def _rounded(places: re.Match[str]) -> str:
+    """Coordinates to a hundredth of a point, which halves the page."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", places[0])
 
 
 def _own_ids(text: str, key: str) -> str:
@@ -107,17 +129,21 @@ def _rendered(figure: Figure, suffix: str, *, clear: bool) -> bytes:
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None} if suffix == "svg" else {"Software": None}
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": figure.key}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser's font has it
+        if figure.canvas.get_layout_engine() is not None:  # once is enough: it takes most of the time
+            figure.canvas.draw_without_rendering()
+            figure.canvas.set_layout_engine("none")
         figure.canvas.savefig(
             out, format=suffix, dpi=DPI, transparent=clear, metadata=metadata, bbox_inches="tight", pad_inches=0.05
         )
     return out.getvalue()
 
 
-def _canvas(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Canvas, np.ndarray]:
+def _canvas(
+    width: float, height: float, rows: int = 1, columns: int = 1, *, layout: str = "constrained", **kwargs: Any
+) -> tuple[Canvas, np.ndarray]:
     """A figure of so many inches, and its axes (rows, columns)."""
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(width, height), layout="constrained")
-        return canvas, canvas.subplots(rows, columns, squeeze=False, **kwargs)
+    canvas = Canvas(figsize=(width, height), layout=layout)
+    return canvas, canvas.subplots(rows, columns, squeeze=False, **kwargs)
 
 
 def _words(metric: str) -> str:
@@ -128,12 +154,13 @@ def _short(name: str, most: int = 28) -> str:
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
+@styled
 def scores(settings: Sequence[Setting]) -> Figure:
     """Every score as a dot, the mean as a diamond with its confidence interval; a row per setting."""
     known = [setting for setting in settings if setting.summary is not None]
     ranked = sorted(known, key=_rank)[:NAMED]
     kept = [setting for setting in known if setting in ranked]
-    canvas, [[axis]] = _canvas(6.4, 0.9 + 0.34 * len(kept))
+    canvas, [[axis]] = _canvas(4.7, 0.9 + 0.34 * len(kept))
     for row, setting in enumerate(reversed(kept)):
         summary = setting.summary
         assert summary is not None
@@ -167,6 +194,7 @@ def _rank(setting: Setting) -> float:
     return -setting.summary.mean if setting.larger_is_better else setting.summary.mean
 
 
+@styled
 def parameters(settings: Sequence[Setting]) -> Figure | None:
     """Mean score against trainable parameters on a log scale, and the Pareto front; None for less than two settings."""
     known = [s for s in settings if s.summary is not None and (s.value("trainable_params") or 0) > 0]
@@ -174,10 +202,12 @@ def parameters(settings: Sequence[Setting]) -> Figure | None:
         return None
     points = [(s.value("trainable_params") or 0.0, -_rank(s)) for s in known]
     front = pareto(points)
-    canvas, [[axis]] = _canvas(6.4, 4.0)
+    canvas, [[axis]] = _canvas(4.9, 3.6)
     sign = 1 if known[0].larger_is_better else -1
     means = [sign * score for _, score in points]
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.plot(
         [points[n][0] for n in front], [means[n] for n in front], color=SERIES[1], drawstyle="steps-post", zorder=1,
         label="Pareto front",
@@ -196,7 +226,13 @@ def parameters(settings: Sequence[Setting]) -> Figure | None:
     axis.margins(x=0.12, y=0.12)
     axis.legend(loc="lower right")
     named = range(len(known)) if len(known) <= 14 else front[:14]
-    _label(axis, [(points[n][0], means[n], _short(known[n].name, 22)) for n in named])
+    bars = [(points[n][0], s.summary.low, s.summary.high) for n, s in enumerate(known) if s.summary and s.summary.low]
+    _label(
+        axis,
+        [(points[n][0], means[n], _short(known[n].name, 22)) for n in named],
+        steps=[(points[n][0], means[n]) for n in front],
+        bars=bars if len(known) <= NAMED else [],
+    )
     best = " then ".join(known[n].name for n in front)
     return Figure(
         key="parameters",
@@ -207,17 +243,34 @@ def parameters(settings: Sequence[Setting]) -> Figure | None:
     )
 
 
-def _label(axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write names beside points, each where it covers no other name and no point, as far as there is room."""
+def _label(
+    axis: Axes,
+    points: Sequence[tuple[float, float, str]],
+    *,
+    steps: Sequence[tuple[float, float]],
+    bars: Sequence[tuple[float, float | None, float | None]],
+) -> None:
+    """Write names beside points, where they cover no other name, no point and no line, as far as there is room.
+
+    Args:
+        steps: corners of the stepped line.
+        bars: x, lower and upper end of upright lines.
+    """
     axis.figure.draw_without_rendering()
-    spots = [axis.transData.transform((x, y)) for x, y, _ in points]
     scale = axis.figure.dpi / 72
-    left, right = axis.bbox.x0, axis.bbox.x1
+    place = axis.transData.transform
+    spots = [place((x, y)) for x, y, _ in points]
     taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in spots]
+    for (x0, y0), (x1, y1) in pairwise(place(corner) for corner in steps):
+        taken += [(x0, y0 - scale, x1, y0 + scale), (x1 - scale, min(y0, y1), x1 + scale, max(y0, y1))]
+    for x, low, high in bars:
+        (x0, y0), (_, y1) = place((x, low)), place((x, high))
+        taken.append((x0 - scale, y0, x0 + scale, y1))
+    left, right = axis.bbox.x0, axis.bbox.x1
     for (x, y, name), spot in zip(points, spots, strict=True):
         width, height = 4.9 * scale * len(name), 10 * scale
         best = None
-        for dy in (0, 9, -9, 18, -18, 28, -28):
+        for dy in (0, 8, -8, 13, -13, 20, -20, 28, -28):
             for side in ("left", "right"):
                 x0 = spot[0] + 8 * scale if side == "left" else spot[0] - 8 * scale - width
                 box = (x0, spot[1] + dy * scale - height / 2, x0 + width, spot[1] + dy * scale + height / 2)
@@ -240,6 +293,7 @@ def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
     return width * height if width > 0 and height > 0 else 0.0
 
 
+@styled
 def curves(setting: Setting, key: str) -> Figure | None:
     """Training loss by step, validation loss and metric by epoch, a line per fold; None without metrics.csv."""
     steps: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -295,6 +349,7 @@ def _windows(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [tuple(np.asarray(part).mean(0)) for part in np.array_split(np.asarray(points), count)]
 
 
+@styled
 def confusion(counts: np.ndarray, class_names: Sequence[str], key: str) -> Figure:
     """The confusion matrix as shares of each true class; counts (true class, predicted class)."""
     number = len(class_names)
@@ -331,11 +386,11 @@ def confusion(counts: np.ndarray, class_names: Sequence[str], key: str) -> Figur
     )
 
 
+@styled
 def reliability(bins: Sequence[Bin], error: float, key: str) -> Figure:
     """Accuracy of predictions against their confidence, and how many there are of each confidence."""
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(3.6, 3.9), layout="constrained")
-        top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    canvas, axes = _canvas(3.6, 4.2, 2, 1, sharex=True, height_ratios=[3.2, 1])
+    top, bottom = axes[:, 0]
     width = bins[0].high - bins[0].low
     filled = [each for each in bins if each.count]
     middles = [(each.low + each.high) / 2 for each in filled]
@@ -346,7 +401,7 @@ def reliability(bins: Sequence[Bin], error: float, key: str) -> Figure:
         label="at mean confidence",
     )  # fmt: skip
     top.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1))
-    top.legend(loc="upper left", handlelength=1.4)
+    top.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, handlelength=1.4, columnspacing=1.0)
     total = sum(each.count for each in bins)
     bottom.bar(middles, [100 * e.count / total for e in filled], width * 0.92, color=SOFT)
     bottom.set(xlabel="confidence", ylabel="% of all")
@@ -364,6 +419,7 @@ def reliability(bins: Sequence[Bin], error: float, key: str) -> Figure:
     )
 
 
+@styled
 def coefficients(matrices: Mapping[str, np.ndarray], largest: float, key: str, caption: str) -> Figure:
     """α of every layer as heat maps on one scale with zero in the middle.
 
@@ -373,7 +429,7 @@ def coefficients(matrices: Mapping[str, np.ndarray], largest: float, key: str, c
     """
     columns = min(6, len(matrices))
     rows = -(-len(matrices) // columns)
-    canvas, axes = _canvas(1.35 * columns + 1.3, 1.45 * rows + 0.75, rows, columns)
+    canvas, axes = _canvas(1.35 * columns + 1.3, 1.32 * rows + 0.5, rows, columns, layout="compressed")
     for axis in axes.flat[len(matrices) :]:
         axis.set_axis_off()
     for axis, (name, matrix) in zip(axes.flat, matrices.items(), strict=False):
@@ -385,7 +441,7 @@ def coefficients(matrices: Mapping[str, np.ndarray], largest: float, key: str, c
         axis.tick_params(labelsize=7, length=2)
     canvas.supxlabel("head whose map is used", fontsize=8.5, color=INK)
     canvas.supylabel("head that is tuned", fontsize=8.5, color=INK)
-    canvas.colorbar(image, ax=axes, shrink=0.85, aspect=30).set_label("α")
+    canvas.colorbar(image, ax=axes, shrink=0.85, aspect=14 * rows).ax.set_title("α", fontsize=9)
     top = max(matrices, key=lambda name: np.abs(matrices[name]).max())
     return Figure(
         key=f"coefficients-{key}",
@@ -397,6 +453,7 @@ def coefficients(matrices: Mapping[str, np.ndarray], largest: float, key: str, c
     )
 
 
+@styled
 def layers(measures: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Figure:
     """What coeff learnt, by layer: a panel per measure, a line per setting, the range over fold models shaded.
 
@@ -428,6 +485,7 @@ def layers(measures: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> F
     )
 
 
+@styled
 def attention(image: np.ndarray, maps: Sequence[tuple[str, np.ndarray, np.ndarray]], key: str, caption: str) -> Figure:
     """An image, and heads' attention over it before and after mixing.
 
@@ -435,7 +493,7 @@ def attention(image: np.ndarray, maps: Sequence[tuple[str, np.ndarray, np.ndarra
         image: (h, w, 3) or (h, w), in [0, 1].
         maps: name of a head, its map before and after, (rows, columns) of image patches.
     """
-    canvas, axes = _canvas(1.35 * (len(maps) + 1) + 0.9, 3.3, 2, len(maps) + 1)
+    canvas, axes = _canvas(1.35 * (len(maps) + 1) + 0.9, 3.3, 2, len(maps) + 1, layout="compressed")
     for axis in axes.flat:
         axis.grid(False)
         axis.set_xticks([])

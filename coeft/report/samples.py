@@ -21,7 +21,7 @@ from coeft.run import read_json, write_text
 
 if TYPE_CHECKING:
     from coeft.assemble import Assembled
-    from coeft.data._data import Data
+    from coeft.data._folds import Fold
     from coeft.data._part import Part
 
 log = logging.getLogger("coeft")
@@ -88,7 +88,7 @@ class Opened:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.config = replace(record.config, trainer=replace(record.config.trainer, progress=False))
-        self._data: Data | None = None
+        self._folds: list[Fold] = []
         self._model: tuple[int | None, Assembled, list[str]] | None = None
 
     def model(self, fold: int | None) -> "tuple[Assembled, list[str]]":
@@ -121,7 +121,7 @@ class Opened:
         from coeft.data._data import load_data
         from coeft.data._folds import make_folds
 
-        if self._data is None:
+        if not self._folds:
             built, _ = self.model(fold)
             data = load_data(
                 self.config.data,
@@ -132,8 +132,8 @@ class Opened:
             )
             if self.record.fingerprint is not None and data.fingerprint != self.record.fingerprint:
                 raise UserError("the data is not what the run was trained on")
-            self._data = data
-        parts = make_folds(self._data, self.config.cv, self.config.seed)[fold or 0]
+            self._folds = make_folds(data, self.config.cv, self.config.seed)
+        parts = self._folds[fold or 0]
         chosen = next((part for part in (parts.heldout, parts.test, parts.val) if part is not None), None)
         if chosen is None:
             raise UserError("there is no data that the run was not trained on")

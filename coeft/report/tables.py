@@ -140,6 +140,7 @@ def comparison(rows: Sequence[Compared], baseline: Setting) -> Table:
     settings = [row.setting for row in rows]
     metrics = list(dict.fromkeys(setting.metric for setting in settings))
     places = list(dict.fromkeys(setting.scored_on for setting in settings))
+    counts = {len(setting.scores) for setting in settings}
     one = metrics[0].replace("_", " ") if len(metrics) == 1 else "score"
     columns = [
         Column(key="setting", title="setting"),
@@ -147,7 +148,7 @@ def comparison(rows: Sequence[Compared], baseline: Setting) -> Table:
         Column(key="stack", title="stack"),
         Column(key="metric", title="metric", shown=len(metrics) > 1),
         Column(key="scored_on", title="scored on", shown=len(places) > 1),
-        Column(key="scores", title="scores", numeric=True, about="Folds and seeds together.", shown=len(rows) > 1),
+        Column(key="scores", title="scores", numeric=True, about="Folds and seeds together.", shown=len(counts) > 1),
         Column(key="", title=f"{one}, mean ± sd", numeric=True, exported=False),
         Column(key="mean", title="mean", numeric=True, shown=False),
         Column(key="sd", title="sd", numeric=True, shown=False),
@@ -237,10 +238,12 @@ def notes(rows: Sequence[Compared], baseline: Setting) -> list[str]:
     """How the numbers of the comparison came about, and what they do not say."""
     settings = [row.setting for row in rows]
     found: list[str] = []
+    counts = {len(setting.scores) for setting in settings}
+    each = f"{counts.pop()} scores each. " if len(counts) == 1 and max(counts) > 1 else ""
     places = {setting.scored_on for setting in settings}
     if "held-out folds" in places:
         found.append(
-            "Scores of held-out folds, each measured once with the epoch that an inner validation part picked. "
+            f"{each}Scores of held-out folds, each measured once with the epoch that an inner validation part picked. "
             "Folds share training data; intervals and tests therefore use the variance of Nadeau and Bengio (2003), "
             "corrected by the ratio of held-out to training samples."
         )
