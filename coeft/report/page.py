@@ -173,5 +173,6 @@ def _configs(report: Report) -> list[dict[str, str]]:
 def _footer(report: Report) -> str:
     path = report.settings[0].records[0].run.path / "environment.json"
     facts = read_json(path) if path.is_file() else {}
-    trained = f"; trained with torch {facts['versions'].get('torch')} on {facts['device']}" if facts else ""
+    torch, device = facts.get("versions", {}).get("torch"), facts.get("device")
+    trained = f"; trained with torch {torch} on {device}" if torch and device else ""
     return f"Written by coeft {versions().get('coeft', '')}{trained}."

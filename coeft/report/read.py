@@ -242,7 +242,8 @@ def group(records: Iterable[Record]) -> list[Setting]:
     groups: list[list[Record]] = []
     keys: list[tuple[Any, ...]] = []
     for record in records:
-        key = (_identity(record.config), record.scored_on, record.trial)
+        data = None if _drawn(record.config) else record.fingerprint
+        key = (_identity(record.config), data, record.scored_on, record.trial)
         for place, known in enumerate(keys):
             if known == key and record.config.seed not in [other.config.seed for other in groups[place]]:
                 groups[place].append(record)
@@ -259,6 +260,11 @@ def group(records: Iterable[Record]) -> list[Setting]:
         numbered = [name, *(f"{name} ({count})" for count in range(2, len(groups) + 2))]
         settings.append(Setting(name=next(n for n in numbered if n not in taken), records=tuple(members)))
     return settings
+
+
+def _drawn(config: TrainConfig) -> bool:
+    """Whether the seed decides which samples are used, so that runs with other seeds have other data."""
+    return any(getattr(config.data, key, None) is not None for key in ("n_train", "n_val", "n_test", "fraction"))
 
 
 def _identity(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,26 +230,70 @@ def test_what_is_listed_is_what_the_folders_hold(capsys: Capture) -> None:
     assert set(groups.values()) < set(FOLDERS)
 
 
-def test_runs_are_listed_with_their_results(tmp_path: Path, capsys: Capture) -> None:
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A folder of runs as a listing sees them: complete, incomplete, damaged, and the fold of one."""
     for name, results in {
-        "a": {"status": "completed", "metric": "accuracy", "value": 0.5, "std": 0.25},
+        "a": {"status": "completed", "metric": "accuracy", "value": 0.5, "std": 0.25, "trainable_params": 1234},
         "a/fold_0": None,
         "b c": None,
         "d": "broken",
+        "e/f": {"status": "completed", "metric": "macro_f1", "value": 0.9, "trainable_params": 10},
     }.items():
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
         (run / "config.yaml").touch()
         if results:
             (run / "results.json").write_text(json.dumps(results) if isinstance(results, dict) else results)
-    assert main(["list", "runs", str(tmp_path / "runs")]) == 0
-    lines = [line.removeprefix(f"{tmp_path}/runs/").split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [
-        ["a", "completed", "accuracy", "0.5000", "±", "0.2500"],
-        ["b", "c", "incomplete"],
-        ["d", "results.json", "unreadable"],
+    (tmp_path / "runs" / "e" / "f" / "weights").write_bytes(b"0" * 5_000)
+    return tmp_path / "runs"
+
+
+def listing(capsys: Capture, *arguments: str | Path) -> list[list[str]]:
+    """The cells of each line, without the header and the time."""
+    assert main(["list", "runs", *map(str, arguments)]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["run", "status", "metric", "value", "trained", "size", "written"]
+    return [re.split(r" {2,}", re.sub(r" +[\d-]{10} [\d:]{5}$", "", line)) for line in lines]
+
+
+def test_runs_are_listed_with_their_results(listed: Path, capsys: Capture) -> None:
+    first, *rest = listing(capsys, listed)
+    assert first[:5] == [str(listed / "a"), "completed", "accuracy", "0.5000 ± 0.2500", "1,234"]
+    assert [row[:2] for row in rest] == [
+        [str(listed / "b c"), "incomplete"],
+        [str(listed / "d"), "results.json unreadable"],
+        [str(listed / "e" / "f"), "completed"],
     ]
-    assert main(["list", "runs", str(tmp_path / "no")]) == 2
+    assert rest[-1][-1] == "5.1 kB"
+
+
+def test_a_list_of_runs_is_sorted_and_filtered(listed: Path, capsys: Capture) -> None:
+    def names(*arguments: str | Path) -> list[str]:
+        return [Path(row[0]).name for row in listing(capsys, listed, *arguments)]
+
+    assert names("--sort", "value") == ["a", "f", "b c", "d"]
+    assert names("--sort", "value", "--reverse") == ["f", "a", "b c", "d"]
+    assert names("--sort", "trained") == ["f", "a", "b c", "d"]
+    assert names("--sort", "size", "--reverse")[0] == "f"
+    assert names("--status", "completed") == ["a", "f"]
+    assert names("--status", "incomplete") == ["b c", "d"]
+    assert names("macro_f1") == ["f"] and names("e/") == ["f"]
+
+
+def test_a_list_of_no_runs_is_an_error(listed: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(listed.parent)
+    for arguments, message in (
+        (["no/such"], "no folder no/such"),
+        (["nothing"], "no runs in runs/ match: 4 there"),
+        (["--sort", "price"], "no 'price'"),
+    ):
+        assert main(["list", "runs", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["list", "recipes", "--sort", "size"]) == 2
+    monkeypatch.chdir(listed / "b c")
+    assert main(["list", "runs"]) == 2
+    assert "no runs in runs/; give the folder to look in" in capsys.readouterr().err
 
 
 def test_show_prints_the_recipe_and_the_methods_card(capsys: Capture) -> None:

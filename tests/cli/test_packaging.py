@@ -87,6 +87,7 @@ def test_the_wheel_holds_everything_and_nothing_else(tmp_path: Path) -> None:
     assets = [
         path for path in (CHECKOUT / "coeft" / "assets").iterdir() if path.suffix in (".safetensors", ".json", ".md")
     ]
+    wanted |= {"coeft/report/page.html.j2"}
     wanted |= {"coeft/py.typed", *(path.relative_to(CHECKOUT).as_posix() for path in assets)}
     assert names == wanted
 

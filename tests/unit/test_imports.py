@@ -26,9 +26,18 @@ PLACES = {
     "gguf": ["coeft/backbones/"],
     "wandb": ["coeft/loggers/"],
     "optuna": ["coeft/sweep/"],
+    "scipy": ["coeft/report/statistics.py"],
+    "jinja2": ["coeft/report/page.py"],
 }
 # library files that the command line reads before it knows that the config is right
-LIGHT = ["coeft/__init__.py", "coeft/config.py", "coeft/errors.py", "coeft/seeding.py", "coeft/sweep/settings.py"]
+LIGHT = [
+    "coeft/__init__.py",
+    "coeft/config.py",
+    "coeft/errors.py",
+    "coeft/report/folders.py",
+    "coeft/seeding.py",
+    "coeft/sweep/settings.py",
+]
 # the command line may not import the library's heavy modules at module level either
 HEAVY_OWN = [
     "coeft.train",
@@ -39,6 +48,8 @@ HEAVY_OWN = [
     "coeft.dry_run",
     "coeft.run",
     "coeft.sweep.search",
+    "coeft.report.page",
+    "coeft.report.report",
 ]
 
 
