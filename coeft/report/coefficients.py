@@ -38,7 +38,8 @@ def _models(record: Record) -> list[Learnt]:
     from coeft.adapter_io import read_tensors
 
     found: list[Learnt] = []
-    for fold in record.run.folds or [None]:
+    folds: list[int | None] = list(record.run.folds) or [None]
+    for fold in folds:
         path = record.run.adapter(fold) / "coeff" / "adapter_model.safetensors"
         if not path.is_file():
             raise UserError(f"{path} is missing")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
@@ -34,7 +34,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 DPI = 160
 POINTS = 150  # of a line, at most
 NAMED = 30  # rows or labels that can still be read
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
@@ -139,7 +139,13 @@ def _rendered(figure: Figure, suffix: str, *, clear: bool) -> bytes:
 
 
 def _canvas(
-    width: float, height: float, rows: int = 1, columns: int = 1, *, layout: str = "constrained", **kwargs: Any
+    width: float,
+    height: float,
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    layout: Literal["constrained", "compressed"] = "constrained",
+    **kwargs: Any,
 ) -> tuple[Canvas, np.ndarray]:
     """A figure of so many inches, and its axes (rows, columns)."""
     canvas = Canvas(figsize=(width, height), layout=layout)
@@ -226,8 +232,13 @@ def parameters(settings: Sequence[Setting]) -> Figure | None:
     axis.margins(x=0.12, y=0.12)
     axis.legend(loc="lower right")
     named = range(len(known)) if len(known) <= 14 else front[:14]
-    bars = [(points[n][0], s.summary.low, s.summary.high) for n, s in enumerate(known) if s.summary and s.summary.low]
+    bars = [
+        (points[n][0], s.summary.low, s.summary.high)
+        for n, s in enumerate(known)
+        if s.summary is not None and s.summary.low is not None and s.summary.high is not None
+    ]
     _label(
+        canvas,
         axis,
         [(points[n][0], means[n], _short(known[n].name, 22)) for n in named],
         steps=[(points[n][0], means[n]) for n in front],
@@ -244,11 +255,12 @@ def parameters(settings: Sequence[Setting]) -> Figure | None:
 
 
 def _label(
+    canvas: Canvas,
     axis: Axes,
     points: Sequence[tuple[float, float, str]],
     *,
     steps: Sequence[tuple[float, float]],
-    bars: Sequence[tuple[float, float | None, float | None]],
+    bars: Sequence[tuple[float, float, float]],
 ) -> None:
     """Write names beside points, where they cover no other name, no point and no line, as far as there is room.
 
@@ -256,8 +268,8 @@ def _label(
         steps: corners of the stepped line.
         bars: x, lower and upper end of upright lines.
     """
-    axis.figure.draw_without_rendering()
-    scale = axis.figure.dpi / 72
+    canvas.draw_without_rendering()
+    scale = canvas.dpi / 72
     place = axis.transData.transform
     spots = [place((x, y)) for x, y, _ in points]
     taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in spots]

@@ -182,7 +182,7 @@ def _predicted(opened: Opened, fold: int | None) -> Iterable[Prediction]:
 
 
 def rows(
-    shares: np.ndarray, labels: np.ndarray, names: Sequence[str], class_names: Sequence[str], fold: int
+    shares: np.ndarray, labels: np.ndarray, names: Sequence[str] | np.ndarray, class_names: Sequence[str], fold: int
 ) -> list[Prediction]:
     """Predictions out of the probability of each class, (N, classes), and the labels, int64 (N,)."""
     best = shares.argmax(1)
@@ -287,7 +287,7 @@ def mixed(opened: Opened, heads: Sequence[tuple[int, int]], count: int = 4) -> M
     import torch
 
     built, _ = opened.model(opened.folds[0])
-    mixers = {
+    mixers: dict[str, Any] = {
         name: mixer
         for attachment in built.stack.attachments
         if attachment.method == "coeff"
@@ -296,7 +296,7 @@ def mixed(opened: Opened, heads: Sequence[tuple[int, int]], count: int = 4) -> M
     if built.backbone.modality != "image":
         raise UserError("attention maps are shown of images only")
     layers = list(mixers)
-    alphas = [mixers[name].alpha().detach().cpu().numpy() for name in layers]  # type: ignore[operator]
+    alphas = [mixers[name].alpha().detach().cpu().numpy() for name in layers]
     chosen = list(heads) or _most_changed(alphas, count)
     for layer, head in chosen:
         if not (0 <= layer < len(layers) and 0 <= head < len(alphas[layer])):
@@ -341,7 +341,7 @@ def mixed(opened: Opened, heads: Sequence[tuple[int, int]], count: int = 4) -> M
         image=(pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0)) / 255,
         name=str(part.names[0]),
         maps=[
-            (f"layer {layer}, head {head}", before, after)
+            (f"{layers[layer].removesuffix('.attn')}, head {head}", before, after)
             for layer, head in chosen
             if f"{layer}:{head}" in seen
             and (before := _grid(seen[f"{layer}:{head}"][0], model, prefix)) is not None

@@ -147,7 +147,7 @@ def test_before_and_after_differ_by_the_learnt_matrix(runs: Path) -> None:
     before = [before for _, before, _ in shown.maps]
     for head, (name, _, after) in enumerate(shown.maps):
         expected = before[head] + sum(alpha[head, other] * before[other] for other in range(4))
-        assert name == f"layer 1, head {head}" and after.shape == (4, 4)
+        assert name == f"blocks.1, head {head}" and after.shape == (4, 4)
         assert after == pytest.approx(expected, abs=1e-5)
     assert list(shown.negative) == ["blocks.0.attn", "blocks.1.attn"]
     assert all(0 <= share < 0.5 for share in shown.negative.values())
