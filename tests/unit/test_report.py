@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from coeft.report import figures
 from coeft.report.coefficients import hull_distance, moved, negative_mass, negative_share
 from coeft.report.page import lead, render, write
 from coeft.report.read import collect, differing
-from coeft.report.report import build, comparison_table, export_figures
+from coeft.report.report import Report, build, comparison_table, export_figures
 from coeft.report.samples import read, rows, to_csv
 from coeft.report.statistics import reliability
 from coeft.report.tables import Cell, Column, Table, to_latex, to_markdown
@@ -80,6 +81,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(made: Path, tmp_path: Path) -> Path:
     """A copy of them for one test."""
     return shutil.copytree(made, tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def plain(made: Path) -> Report:
+    """Their report without figures, which take the time."""
+    return without_figures(build([made], samples=False))
+
+
+def without_figures(report: Report) -> Report:
+    for detail in report.details:
+        detail.figures.clear()
+    return replace(report, overview=[], learnt=[])
 
 
 def values(table: Table) -> list[dict[str, str]]:
@@ -155,7 +168,7 @@ def test_trials_of_a_sweep_are_scored_on_validation(tmp_path: Path) -> None:
     settings = collect([tmp_path / "sweep"]).settings
     assert [setting.scored_on for setting in settings] == ["validation"] * 2
     assert list(settings[1].scores.values()) == pytest.approx([score + 0.01 for score in SCORES["lora"]])
-    page = render(build([tmp_path / "sweep"], samples=False))
+    page = render(without_figures(build([tmp_path / "sweep"], samples=False)))
     assert "accuracy 0.9512" in page  # of the best trial, which the sweep measured once
     assert "0.8100" not in page  # the held-out mean of the other one
     assert [s.scored_on for s in collect([tmp_path / "sweep" / "trials" / "0000"]).settings] == ["validation"]
@@ -259,25 +272,27 @@ def test_an_inline_figure_keeps_its_numbers_and_takes_the_colours_of_the_page(ru
 
 def test_names_of_any_kind_do_no_harm(tmp_path: Path) -> None:
     name = "$x^2$ <script>alert(1)</script> 猫 \"&'"
-    make(tmp_path / "runs" / name, config("peft=none"), SCORES["none"])
+    run = make(tmp_path / "runs" / name, config("peft=none"), SCORES["none"])
+    (run / "metrics.csv").unlink()
     make(tmp_path / "runs" / "lora", config("peft=lora"), SCORES["lora"])
+    (tmp_path / "runs" / "lora" / "metrics.csv").unlink()
     page = render(build([tmp_path / "runs"], samples=False))
+    assert "No learning curves: metrics.csv is missing." in page
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
-def test_a_page_replaces_a_page_and_nothing_else(runs: Path, tmp_path: Path) -> None:
-    report = build([runs], samples=False)
-    write(report, tmp_path / "report.html")
-    write(report, tmp_path / "report.html")
+def test_a_page_replaces_a_page_and_nothing_else(plain: Report, tmp_path: Path) -> None:
+    write(plain, tmp_path / "report.html")
+    write(plain, tmp_path / "report.html")
     (tmp_path / "notes.html").write_text("<p>mine</p>")
     with pytest.raises(UserError, match="is no report"):
-        write(report, tmp_path / "notes.html")
+        write(plain, tmp_path / "notes.html")
     with pytest.raises(UserError, match="no folder"):
-        write(report, tmp_path / "no" / "report.html")
+        write(plain, tmp_path / "no" / "report.html")
 
 
-def test_the_lead_names_the_best_setting(runs: Path) -> None:
-    assert lead(build([runs], samples=False))[1] == (
+def test_the_lead_names_the_best_setting(plain: Report) -> None:
+    assert lead(plain)[1] == (
         "Best mean: lora with accuracy 0.9500 ± 0.0158 on the held-out folds, 900 parameters trained."
     )
 
