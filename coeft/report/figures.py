@@ -186,7 +186,11 @@ def scores(settings: Sequence[Setting]) -> Figure:
     return Figure(
         key="scores",
         title="Scores",
-        caption="Dots: folds and seeds. Diamond and line: mean and its 95 % interval."
+        caption=(
+            "Dots: folds and seeds. Diamond and line: mean and its 95 % interval."
+            if any(len(setting.scores) > 1 for setting in kept)
+            else "A single score each."
+        )
         + (f" The {len(kept)} best of {len(known)}." if len(kept) < len(known) else ""),
         alt=f"{metric} of {len(kept)} settings; best {best.name} with mean {best.summary.mean:.4f}. "
         "The comparison table holds the numbers.",
@@ -213,7 +217,11 @@ def parameters(settings: Sequence[Setting]) -> Figure | None:
     means = [sign * score for _, score in points]
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    costs = [cost for cost, _ in points]
+    narrow = max(costs) < 10 * min(costs)  # too few powers of ten to read the axis by
+    axis.xaxis.set_minor_formatter(axis.xaxis.get_major_formatter() if narrow else NullFormatter())
+    if narrow:
+        axis.tick_params(axis="x", which="minor", labelsize=7, rotation=45)
     axis.plot(
         [points[n][0] for n in front], [means[n] for n in front], color=SERIES[1], drawstyle="steps-post", zorder=1,
         label="Pareto front",
@@ -313,8 +321,9 @@ def curves(setting: Setting, key: str) -> Figure | None:
     for record in setting.records:
         path = record.run.path / "metrics.csv"
         if path.is_file():
-            seed = f"seed {record.config.seed}, " if len(setting.records) > 1 else ""
-            _read_curves(path, setting.metric, seed, steps, epochs)
+            names = [f"seed {record.config.seed}"] if len(setting.records) > 1 else []
+            names += ["fold {fold}"] if record.run.folds or not names else []
+            _read_curves(path, setting.metric, ", ".join(names), steps, epochs)
     if not steps:
         return None
     canvas, [axes] = _canvas(3.1 * (1 + len(epochs)), 2.6, 1, 1 + len(epochs))
@@ -344,10 +353,10 @@ def curves(setting: Setting, key: str) -> Figure | None:
     )
 
 
-def _read_curves(path: Path, metric: str, seed: str, steps: dict, epochs: dict) -> None:
+def _read_curves(path: Path, metric: str, form: str, steps: dict, epochs: dict) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            name = f"{seed}fold {row['fold']}"
+            name = form.format(fold=row["fold"])
             if row.get("train/loss"):
                 steps[name].append((float(row["step"]), float(row["train/loss"])))
             for column in dict.fromkeys(("val/loss", f"val/{metric}")):

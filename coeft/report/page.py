@@ -15,6 +15,7 @@ from coeft.report.tables import FORMATS
 from coeft.run import read_json, shorten_home, versions, write_text
 
 GENERATOR = "coeft report"
+_HARDEST = "The {} wrong predictions that gave the true class the lowest probability"
 # SERIES on a dark page, in the same order
 DARK_SERIES = ("#6cb6ff", "#ffab5e", "#7ccf88", "#d5a6f2", "#5fd0da", "#ff9d92")
 
@@ -158,9 +159,8 @@ def _shown(detail: Detail) -> Mapping[str, Any]:
         "line": f"{detail.setting.stack}, {score}",
         "figures": detail.figures,
         "hardest": detail.hardest,
-        "hardest_about": f"The {wrong} wrong predictions that gave the true class the lowest probability."
-        if wrong > 1
-        else "The only wrong prediction.",
+        "hardest_about": ("The only wrong prediction" if wrong == 1 else _HARDEST.format(wrong))
+        + (f" of seed {detail.setting.config.seed}." if len(detail.setting.records) > 1 else "."),
         "missing": [shorten_home(line) for line in detail.missing],
     }
 

@@ -255,7 +255,7 @@ def group(records: Iterable[Record]) -> list[Setting]:
     for members in groups:
         name = members[0].name
         if len(members) > 1:
-            name = re.sub(r"[-/_]?seed_?\d+$", "", name) or members[0].config.recipe or "run"
+            name = re.sub(r"[-/_]?seed_?\d+$", "", name) or members[0].run.path.resolve().parent.name
         taken = [setting.name for setting in settings]
         numbered = [name, *(f"{name} ({count})" for count in range(2, len(groups) + 2))]
         settings.append(Setting(name=next(n for n in numbered if n not in taken), records=tuple(members)))

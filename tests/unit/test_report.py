@@ -136,10 +136,17 @@ def test_runs_that_differ_in_the_seed_alone_are_one_setting(tmp_path: Path) -> N
             make(tmp_path / f"{name}-seed_{seed}", config(f"peft={name}", f"seed={seed}"), scores)
     found = collect([tmp_path]).settings
     assert [(setting.name, len(setting.scores)) for setting in found] == [("lora", 10), ("none", 10)]
+    assert [setting.name for setting in collect([make_seeds(tmp_path / "suite")]).settings] == ["suite"]
     test, _ = found[0].against(found[1])
     assert test is not None and test.count == 10
     difference = np.tile(np.subtract(SCORES["lora"], SCORES["none"]), 2)
     assert test.t == pytest.approx(difference.mean() / np.sqrt((1 / 10 + 80 / 320) * difference.var(ddof=1)))
+
+
+def make_seeds(folder: Path) -> Path:
+    for seed in (0, 1):
+        make(folder / f"seed_{seed}", config(f"seed={seed}"), SCORES["none"])
+    return folder
 
 
 def test_the_same_run_twice_does_not_count_twice(tmp_path: Path) -> None:
