@@ -387,7 +387,7 @@ def confusion(counts: np.ndarray, class_names: Sequence[str], key: str) -> Figur
     axis.set_yticks(range(0, number, step), names, fontsize=size)
     if number <= 16:
         for row, column in np.argwhere(counts > 0):
-            shade = "#ffffff" if shares[row, column] > 0.5 else "#000000"
+            shade = "#ffffff" if shares[row, column] > 0.5 else "#111111"  # not black, which SVG leaves out
             axis.text(
                 column, row, f"{counts[row, column]:,}", ha="center", va="center", color=shade,
                 fontsize=7 if counts.max() < 1000 else 5.5,
@@ -428,12 +428,14 @@ def reliability(bins: Sequence[Bin], error: float, key: str) -> Figure:
     bottom.set(xlabel="confidence", ylabel="% of all")
     mean_confidence = sum(e.confidence * e.count for e in bins) / max(1, total)
     accuracy = sum(e.accuracy * e.count for e in bins) / max(1, total)
-    way = "over" if mean_confidence > accuracy else "under"
+    way = "overconfident" if mean_confidence > accuracy else "underconfident"
+    if abs(mean_confidence - accuracy) < 0.005:
+        way = "neither over- nor underconfident"
     return Figure(
         key=f"reliability-{key}",
         title="Reliability",
         caption=f"Expected calibration error {error:.4f} ({len(bins)} bins, {total:,} predictions); on the whole "
-        f"{way}confident: mean confidence {mean_confidence:.3f}, accuracy {accuracy:.3f}.",
+        f"{way}: mean confidence {mean_confidence:.3f}, accuracy {accuracy:.3f}.",
         alt=f"Reliability diagram: calibration error {error:.4f}, mean confidence {mean_confidence:.3f}, "
         f"accuracy {accuracy:.3f}.",
         canvas=canvas,
