@@ -99,6 +99,7 @@ class Figure:
         for name, colour in _variables().items():
             text = text.replace(colour, f"var({name})")
         text = re.sub(r"font: ([^;\"']*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", text)
+        text = re.sub(r" ?font-family: [^;\"]*;", "", text)
         size = re.search(r'<svg[^>]*? width="([\d.]+)pt"', text)
         assert size is not None
         for _ in range(2):

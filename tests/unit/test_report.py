@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -347,6 +348,14 @@ def test_negative_mass_by_hand() -> None:
 def test_a_reliability_diagram_of_few_predictions() -> None:
     bins, error = reliability([0.9, 0.8], [True, False])
     assert "0.4500" in figures.reliability(bins, error, "x").caption  # (|1 - 0.9| + |0 - 0.8|) / 2
+
+
+def test_the_numbers_of_a_confusion_matrix_have_colours_of_their_own() -> None:
+    """Their cells are as light in the dark theme, where other text is white."""
+    svg, _ = figures.confusion(np.array([[51, 33], [12, 74]]), ["cat", "dog"], "x").inline()
+    for number, colour in (("51", "#ffffff"), ("33", "#111111"), ("12", "#111111"), ("74", "#ffffff")):
+        [style] = re.findall(rf'<text style="([^"]*)"[^>]*>{number}</text>', svg)
+        assert f"fill: {colour}" in style and "DejaVu" not in style
 
 
 def test_a_confusion_matrix_names_its_worst_mistake() -> None:
