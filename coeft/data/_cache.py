@@ -1,18 +1,13 @@
 """Decoded, resized pixels on disk: decoded once, then read by many processes as a memory map.
 
 An entry is a folder CACHE/images/KEY with pixels.npy (uint8 (N, C, H, W)), checks.npy (uint32 (N,), CRC-32 of each
-image) and meta.json. The key hashes the images' contents, the preprocessing and Pillow's version. An entry is written
-under another name and renamed, so it is whole or absent; one that does not pass its checks is built again.
+image) and meta.json. The key hashes the images' contents, the preprocessing and Pillow's version.
 """
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,19 +18,13 @@ import torch
 
 from coeft.backbones._backbone import Preprocessing
 from coeft.data._decode import pixels, strict_pillow
+from coeft.data._entries import CHECKED, obtain
 from coeft.data._part import Batch, Encoded, Progress
-from coeft.data._source import Split, default_threads, over_threads
+from coeft.data._source import LISTED_ERRORS, Split, default_threads, listed, over_threads
 from coeft.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then decode the same images at once, which only costs time
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # raised when decoding changes, so that old entries are not found
 IN_MEMORY = 32 << 20  # bytes; arrays (not files) that stay below it are not worth a file
-CHECKED = 2 << 30  # bytes of an entry whose check sums are compared when it is opened
-LISTED_ERRORS = 10  # unreadable images that one error message names
 
 
 @dataclass
@@ -82,45 +71,6 @@ class HeldPixels:
 Pixels = MappedPixels | HeldPixels
 
 
-def cache_dir() -> Path:
-    """Folder of the cache: $COEFT_CACHE, else coeft/ in the user's cache folder."""
-    if chosen := os.environ.get("COEFT_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "coeft"
-
-
-def cache_info() -> dict[str, Any]:
-    """{"folder", "files", "bytes", "entries": [{"key", "images", "bytes", "made_from"}, ...]}."""
-    entries = []
-    for meta in sorted((cache_dir() / "images").glob("*/meta.json")):
-        try:
-            facts = json.loads(meta.read_text(encoding="utf-8"))
-            images, origin = facts["shape"][0], facts["made_from"]
-        except (OSError, ValueError, KeyError, IndexError, TypeError):
-            images, origin = None, "damaged"
-        entries.append(
-            {"key": meta.parent.name, "images": images, "bytes": _count(meta.parent)[1], "made_from": origin}
-        )
-    files, size = _count(cache_dir() / "images")
-    return {"folder": str(cache_dir()), "files": files, "bytes": size, "entries": entries}
-
-
-def clear_cache() -> tuple[int, int]:
-    """Delete all entries; gives the number of files and of bytes. A running training keeps what it has mapped."""
-    folder = cache_dir() / "images"
-    freed = _count(folder)
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    return freed
-
-
-def _count(folder: Path) -> tuple[int, int]:
-    """Files below a folder and their bytes."""
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
-    return len(sizes), sum(sizes)
-
-
 def decode(
     split: Split,
     preprocessing: Preprocessing,
@@ -152,12 +102,13 @@ def decode(
         bad = _decode_rows(split, preprocessing, hold, on_error, threads, progress)
         return _decoded(HeldPixels(array), bad)
 
-    key = _key(split, preprocessing)
-    entry = cache_dir() / "images" / key
-    if (found := _open(entry, shape)) is None:
-        with _locked(entry):
-            if (found := _open(entry, shape)) is None:  # another process may have made it meanwhile
-                found = _build(entry, split, preprocessing, shape, made_from, on_error, threads, progress)
+    found = obtain(
+        "images",
+        _key(split, preprocessing),
+        lambda entry: _open(entry, shape),
+        lambda folder: _write(folder, split, preprocessing, shape, made_from, on_error, threads, progress),
+        needed=int(np.prod(shape)),
+    )
     bad = found[1]
     if bad and on_error == "raise":
         raise UserError(_unreadable(split, bad, complete=True))
@@ -215,16 +166,12 @@ def _decode_rows(
 
 
 def _unreadable(split: Split, bad: dict[int, str], *, complete: bool) -> str:
-    lines = [f"  {split.names[row]}: {bad[row]}" for row in sorted(bad)[:LISTED_ERRORS]]
-    if len(bad) > LISTED_ERRORS and complete:
-        lines.append(f"  and {len(bad) - LISTED_ERRORS} more")
-    count = f"{len(bad)}" if complete else f"at least {len(bad)}"
-    what = "image cannot be read" if count == "1" else "images cannot be read"
-    return "\n".join([f"{count} {what}; repair or remove, or set data.on_error=skip to go on without:", *lines])
+    lines = [f"{split.names[row]}: {bad[row]}" for row in sorted(bad)]
+    return listed("image cannot be read", "images cannot be read", lines, complete=complete)
 
 
-def _build(
-    entry: Path,
+def _write(
+    folder: Path,
     split: Split,
     preprocessing: Preprocessing,
     shape: tuple[int, ...],
@@ -232,57 +179,30 @@ def _build(
     on_error: str,
     threads: int,
     progress: Progress,
-) -> tuple[MappedPixels, dict[int, str]]:
-    """Decode into a folder of another name, rename it, open it."""
-    needed = int(np.prod(shape))
-    free = shutil.disk_usage(entry.parent).free
-    if needed > free:
-        raise UserError(
-            f"the image cache {cache_dir()} needs {needed / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB free; make room "
-            "(`coeft cache clear`), or set COEFT_CACHE to a folder with more"
-        )
-    folder = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
-    try:
-        checks = np.zeros(shape[0], np.uint32)
-        waiting: dict[int, np.ndarray] = {}
-        blank = np.zeros(shape[1:], np.uint8).tobytes()
-        # Written row after row, not through a map: a full disk is then an error, not a killed process.
-        with open(folder / "pixels.npy", "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            written = 0
+) -> dict[str, Any]:
+    """Decode into the files of an entry; gives what its meta.json says."""
+    checks = np.zeros(shape[0], np.uint32)
+    waiting: dict[int, np.ndarray] = {}
+    blank = np.zeros(shape[1:], np.uint8).tobytes()
+    # Written row after row, not through a map: a full disk is then an error, not a killed process.
+    with open(folder / "pixels.npy", "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        written = 0
 
-            def flush(done: int) -> None:
-                nonlocal written
-                for row in range(written, done):
-                    image = waiting.pop(row, None)
-                    data = blank if image is None else image.tobytes()
-                    checks[row] = zlib.crc32(data)
-                    file.write(data)
-                written = done
+        def flush(done: int) -> None:
+            nonlocal written
+            for row in range(written, done):
+                image = waiting.pop(row, None)
+                data = blank if image is None else image.tobytes()
+                checks[row] = zlib.crc32(data)
+                file.write(data)
+            written = done
 
-            bad = _decode_rows(split, preprocessing, waiting.__setitem__, on_error, threads, progress, flush)
-        np.save(folder / "checks.npy", checks)
-        meta = {"format": FORMAT, "shape": list(shape), "bad": {str(k): v for k, v in bad.items()}}
-        meta["made_from"] = made_from
-        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        if entry.exists():  # damaged, or made meanwhile on a system without locks
-            shutil.rmtree(entry, ignore_errors=True)
-        try:
-            os.rename(folder, entry)
-        except OSError:
-            if not entry.is_dir():
-                raise
-    except OSError as error:
-        raise UserError(f"the image cache {cache_dir()} cannot be written: {error}; set COEFT_CACHE=FOLDER") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    found = _open(entry, shape)
-    if found is None:
-        raise UserError(
-            f"the image cache {cache_dir()} gives back other bytes than were written; set COEFT_CACHE=FOLDER"
-        )
-    return found
+        bad = _decode_rows(split, preprocessing, waiting.__setitem__, on_error, threads, progress, flush)
+    np.save(folder / "checks.npy", checks)
+    meta = {"format": FORMAT, "shape": list(shape), "bad": {str(k): v for k, v in bad.items()}}
+    return meta | {"samples": shape[0], "made_from": made_from}
 
 
 def _open(entry: Path, shape: tuple[int, ...]) -> tuple[MappedPixels, dict[int, str]] | None:
@@ -302,21 +222,3 @@ def _open(entry: Path, shape: tuple[int, ...]) -> tuple[MappedPixels, dict[int, 
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
     return MappedPixels(entry / "pixels.npy", shape), bad
-
-
-@contextmanager
-def _locked(entry: Path) -> Iterator[None]:
-    """Only one process at a time builds an entry.
-
-    Raises:
-        UserError: the cache folder cannot be written.
-    """
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(entry.parent / f".{entry.name}.lock", "w")
-    except OSError as error:
-        raise UserError(f"the image cache {cache_dir()} cannot be written: {error}; set COEFT_CACHE=FOLDER") from error
-    with lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

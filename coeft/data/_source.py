@@ -14,6 +14,7 @@ import numpy as np
 
 DIGEST_BYTES = 16
 CHUNK = 256  # images read ahead of the threads that work on them
+LISTED_ERRORS = 10  # unusable samples that one error message names
 
 
 @dataclass(kw_only=True)
@@ -109,7 +110,7 @@ def fingerprint(splits: dict[str, Split | None], class_names: Sequence[str]) -> 
 
 
 def _digest(item: Any) -> bytes:
-    """A hash of 16 bytes of a file, of bytes or of an array."""
+    """A hash of 16 bytes of a file, of bytes, of an array or of a record."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     if isinstance(item, np.ndarray):
         digest.update(repr(item.shape).encode())
@@ -117,7 +118,8 @@ def _digest(item: Any) -> bytes:
     elif isinstance(item, bytes):
         digest.update(item)
     elif isinstance(item, dict):
-        digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+        text = json.dumps(item, sort_keys=True, ensure_ascii=False, default=str)
+        digest.update(text.encode("utf-8", "surrogatepass"))
     else:
         try:
             with open(item, "rb") as file:
@@ -151,3 +153,21 @@ def over_threads(
             for future in futures:
                 future.result()
             after(stop)
+
+
+def listed(one: str, many: str, problems: Sequence[str], *, complete: bool = True) -> str:
+    """A message about samples that cannot be used, with the first of them.
+
+    Args:
+        one, many: what is said of one sample and of several.
+        complete: whether all samples were looked at.
+    """
+    count = len(problems)
+    lines = [f"  {problem}" for problem in problems[:LISTED_ERRORS]]
+    if count > LISTED_ERRORS and complete:
+        lines.append(f"  and {count - LISTED_ERRORS} more")
+    head = f"{count} {one if count == 1 and complete else many}"
+    head = f"{head}; repair or remove, or set data.on_error=skip to go on without:"
+    if not complete:
+        head = f"at least {head}"
+    return "\n".join([head, *lines])

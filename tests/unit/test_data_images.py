@@ -19,9 +19,9 @@ from PIL import Image, ImageFile
 
 from coeft.backbones._backbone import Preprocessing
 from coeft.data import _cache, _decode
-from coeft.data._cache import cache_info, clear_cache
 from coeft.data._data import Data, balanced, load_data, load_inputs, proportional
 from coeft.data._decode import load_image, pixels, to_mode
+from coeft.data._entries import cache_info, clear_cache
 from coeft.data._images import ImageEncoder, image_inputs, resolve_preprocessing
 from coeft.data._part import Part
 from coeft.data._settings import ImageData
@@ -302,7 +302,10 @@ def test_cache_info_and_clear(tmp_path, cache):
     data = load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, encoder=ImageEncoder(preprocessing()))
     info = cache_info()
     assert {entry["made_from"] for entry in info["entries"]} == {"image_folder, train, 8x8", "image_folder, test, 8x8"}
-    assert all(entry["images"] == 12 and entry["bytes"] > 12 * 3 * 64 for entry in info["entries"])
+    assert all(
+        entry["samples"] == 12 and entry["kind"] == "images" and entry["bytes"] > 12 * 3 * 64
+        for entry in info["entries"]
+    )
     data.train.fetch([0])
     assert clear_cache() == (info["files"], info["bytes"]) and cache_info()["files"] == 0
     assert data.train.images.shape == (12, 3, 8, 8)  # what is mapped stays

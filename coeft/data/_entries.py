@@ -1,0 +1,155 @@
+"""Entries of the cache on disk: prepared once, then read by many processes as memory maps.
+
+An entry is a folder CACHE/images/KEY or CACHE/tokens/KEY. It is written under another name and renamed, so it is whole
+or absent; one that does not pass its checks is built again; only one process at a time builds it.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from coeft.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then build the same entry at once, which only costs time
+    fcntl = None  # type: ignore[assignment]
+
+WHAT = {"images": "image cache", "tokens": "token cache"}  # folder -> what a message calls it
+CHECKED = 2 << 30  # bytes of an entry whose check sums are compared when it is opened
+
+Entry = TypeVar("Entry")
+
+
+def cache_dir() -> Path:
+    """Folder of the cache: $COEFT_CACHE, else coeft/ in the user's cache folder."""
+    if chosen := os.environ.get("COEFT_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "coeft"
+
+
+def cache_info() -> dict[str, Any]:
+    """{"folder", "files", "bytes", "entries": [{"key", "kind", "samples", "bytes", "made_from"}, ...]}."""
+    entries, files, size = [], 0, 0
+    for kind in WHAT:
+        for meta in sorted((cache_dir() / kind).glob("*/meta.json")):
+            try:
+                facts = json.loads(meta.read_text(encoding="utf-8"))
+                samples, origin = int(facts["samples"]), facts["made_from"]
+            except (OSError, ValueError, KeyError, TypeError):
+                samples, origin = None, "damaged"
+            bytes_ = _count(meta.parent)[1]
+            entries.append(
+                {"key": meta.parent.name, "kind": kind, "samples": samples, "bytes": bytes_, "made_from": origin}
+            )
+        more = _count(cache_dir() / kind)
+        files, size = files + more[0], size + more[1]
+    return {"folder": str(cache_dir()), "files": files, "bytes": size, "entries": entries}
+
+
+def clear_cache() -> tuple[int, int]:
+    """Delete all entries; gives the number of files and of bytes. A running training keeps what it has mapped."""
+    files, size = 0, 0
+    for kind in WHAT:
+        folder = cache_dir() / kind
+        freed = _count(folder)
+        files, size = files + freed[0], size + freed[1]
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    return files, size
+
+
+def _count(folder: Path) -> tuple[int, int]:
+    """Files below a folder and their bytes."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    return len(sizes), sum(sizes)
+
+
+def obtain(
+    kind: str,
+    key: str,
+    open_entry: Callable[[Path], Entry | None],
+    fill: Callable[[Path], dict[str, Any]],
+    *,
+    needed: int = 0,
+) -> Entry:
+    """An entry, opened; built first if it is absent or damaged.
+
+    Args:
+        kind: images or tokens.
+        key: a name for all that decides the contents.
+        open_entry: reads and checks the entry in a folder; None is absent or damaged.
+        fill: writes the files into an empty folder; gives the facts for meta.json, which is written last.
+        needed: bytes that must be free before.
+
+    Raises:
+        UserError: the cache cannot be written, or has too little room; and what `fill` raises.
+    """
+    entry = cache_dir() / kind / key
+    found = open_entry(entry)
+    if found is None:
+        with _locked(entry):
+            found = open_entry(entry)  # another process may have made it meanwhile
+            if found is None:
+                _build(entry, fill, needed)
+                found = open_entry(entry)
+    if found is None:
+        raise UserError(
+            f"the {WHAT[kind]} {cache_dir()} gives back other bytes than were written; set COEFT_CACHE=FOLDER"
+        )
+    return found
+
+
+def _build(entry: Path, fill: Callable[[Path], dict[str, Any]], needed: int) -> None:
+    """Fill a folder of another name, rename it."""
+    free = shutil.disk_usage(entry.parent).free
+    if needed > free:
+        raise UserError(
+            f"the {WHAT[entry.parent.name]} {cache_dir()} needs {needed / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB "
+            "free; make room (`coeft cache clear`), or set COEFT_CACHE to a folder with more"
+        )
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+        meta = fill(folder)
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        if entry.exists():  # damaged, or made meanwhile on a system without locks
+            shutil.rmtree(entry, ignore_errors=True)
+        try:
+            os.rename(folder, entry)
+        except OSError:
+            if not entry.is_dir():
+                raise
+    except OSError as error:
+        raise _unwritable(entry, error) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unwritable(entry: Path, error: OSError) -> UserError:
+    return UserError(f"the {WHAT[entry.parent.name]} {cache_dir()} cannot be written: {error}; set COEFT_CACHE=FOLDER")
+
+
+@contextmanager
+def _locked(entry: Path) -> Iterator[None]:
+    """Only one process at a time builds an entry.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(entry.parent / f".{entry.name}.lock", "w")
+    except OSError as error:
+        raise _unwritable(entry, error) from error
+    with lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
