@@ -4,11 +4,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coeft.data._tokens import Encoded, Encoder, Padding
+from coeft.data._tokens import Padding, Record, TextEncoder, Tokens
 from coeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def padding_of(tokenizer: "PreTrainedTokenizerBase", *, multiple_of: int = 1) ->
     )
 
 
-class TextEncoder(Encoder):
+class ColumnEncoder(TextEncoder):
     """One or two columns of text with the tokenizer's special tokens.
 
     What is longer than the limit is cut at its end; of a pair, one token after another of the longer text.
@@ -91,25 +91,25 @@ class TextEncoder(Encoder):
         self.padding = padding_of(tokenizer, multiple_of=multiple_of)
         self.identity = repr(("text", tokenizer_identity(tokenizer), len(self.columns), max_length))
 
-    def batch(self, records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+    def rows(self, records: Sequence[Record]) -> list[Tokens]:
         # Threads of the tokenizer end before any process is forked for loading, so nothing is lost by them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         texts = [[str(record[column]) for record in records] for column in self.columns]
-        rows = self._rows(texts, truncation=False)
+        rows = self._tokenise(texts, truncation=False)
         long = [row for row, (ids, _) in enumerate(rows) if len(ids) > self.max_length]
         lengths = [len(rows[row][0]) for row in long]
         chosen = [[column[row] for row in long] for column in texts]
         if long:
-            shorter = self._rows(chosen, truncation="longest_first", max_length=self.max_length)
+            shorter = self._tokenise(chosen, truncation="longest_first", max_length=self.max_length)
             for row, short in zip(long, shorter, strict=True):
                 rows[row] = short
         cut = {row: length - len(rows[row][0]) for row, length in zip(long, lengths, strict=True)}
         for ids, _ in rows:
             if not ids:
                 raise ValueError("the tokenizer makes no token of the text")
-        return [Encoded(ids, None, types, cut.get(row, 0)) for row, (ids, types) in enumerate(rows)]
+        return [Tokens(ids, None, types, cut.get(row, 0)) for row, (ids, types) in enumerate(rows)]
 
-    def _rows(self, texts: list[list[str]], **options: Any) -> list[tuple[list[int], list[int] | None]]:
+    def _tokenise(self, texts: list[list[str]], **options: Any) -> list[tuple[list[int], list[int] | None]]:
         """Token ids and, if this tokenizer gives them, segments of each row."""
         made = self.tokenizer(*texts, return_attention_mask=False, verbose=False, **options)
         types = made["token_type_ids"] if "token_type_ids" in made else [None] * len(made["input_ids"])

@@ -9,14 +9,16 @@ settings, versions) and the format.
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
+import torch
 
 from coeft.data._entries import CHECKED, obtain
+from coeft.data._part import Batch, Encoded, Progress
 from coeft.data._source import LISTED_ERRORS, Split, listed
 from coeft.errors import UserError
 
@@ -26,10 +28,10 @@ BLOCK = 4 << 20  # bytes that have one check sum
 IGNORED = -100  # label of a token that does not count in the loss, as in torch and transformers
 FILES: dict[str, Any] = {"ids": np.int32, "offsets": np.int64, "mask": np.int8, "types": np.int8}
 
-Progress = Callable[[int, int], None]
+Record = Mapping[str, Any]
 
 
-class Encoded(NamedTuple):
+class Tokens(NamedTuple):
     """The tokens of one record."""
 
     ids: Sequence[int]
@@ -55,24 +57,69 @@ class Padding:
     """Lengths are rounded up to a multiple of this; 8 suits tensor cores."""
 
 
-class Encoder:
-    """Records to tokens. A subclass gives `identity`, `padding` and either `__call__` or `batch`.
+class TextEncoder:
+    """Records to tokens, kept in the cache: the Encoder of models that take text.
 
-    It raises ValueError with the reason for a record that it cannot encode.
+    A subclass gives `identity`, `padding` and either `row` or `rows`; both raise ValueError with the reason for a
+    record that cannot be encoded.
     """
 
+    modality = "text"
     identity: str
     """All that decides the tokens of a record, as text for the cache's key: tokenizer, settings, versions."""
     padding: Padding
 
-    def __call__(self, record: Mapping[str, Any]) -> Encoded:
+    def row(self, record: Record) -> Tokens:
         """The tokens of one record."""
-        [encoded] = self.batch([record])
-        return encoded
+        [tokens] = self.rows([record])
+        return tokens
 
-    def batch(self, records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+    def rows(self, records: Sequence[Record]) -> list[Tokens]:
         """The tokens of several records, in their order; faster than one by one where the tokenizer is."""
-        return [self(record) for record in records]
+        return [self.row(record) for record in records]
+
+    def encode(
+        self,
+        split: Split,
+        *,
+        made_from: str,
+        on_error: str = "raise",
+        threads: int = 0,
+        keep: bool = True,
+        progress: Progress = lambda done, total: None,
+    ) -> Encoded:
+        """The tokens of a split, whose items are records; they are read one chunk after another and not held.
+
+        Args:
+            made_from: a word for people, shown by `coeft cache`.
+            on_error: raise or skip.
+            threads: not used, the tokenizer has its own.
+            keep: put what was not in the cache there; otherwise the cache is not looked at.
+            progress: called with the records done and their number.
+
+        Raises:
+            UserError: a record cannot be encoded (on_error=raise), or the cache cannot be written.
+        """
+        if not keep:
+            writer = _Writer(None)
+            facts = _encode_rows(split, self, writer, on_error, progress)
+            held = {name: np.concatenate(parts) for name, parts in writer.parts.items()}
+            return _encoded(
+                TokenStore(self.padding, None, writer.sizes, held, facts["cut"], facts["longest"]), facts["bad"]
+            )
+
+        def fill(folder: Path) -> dict[str, Any]:
+            with _Writer(folder) as writer:
+                facts = _encode_rows(split, self, writer, on_error, progress)
+            facts["bad"] = {str(row): reason for row, reason in facts["bad"].items()}
+            facts |= {"sizes": writer.sizes, "checks": {name: _checks(folder / f"{name}.bin") for name in writer.sizes}}
+            return {"format": FORMAT, "samples": len(split), "made_from": made_from, **facts}
+
+        key = _key(split, self)
+        store, bad = obtain("tokens", key, lambda entry: _open(entry, len(split), self.padding), fill)
+        if bad and on_error == "raise":
+            raise UserError(_unusable(split, bad, complete=True))
+        return _encoded(store, bad)
 
 
 @dataclass
@@ -82,10 +129,8 @@ class TokenStore:
     padding: Padding
     path: Path | None
     """Folder of the entry; None if the tokens are in memory."""
-    columns: tuple[str, ...]
-    """Of ids, offsets, mask, types: those that there are."""
     sizes: dict[str, int]
-    """Column -> its number of values."""
+    """Number of values in each column that there is: ids, offsets, and perhaps mask and types."""
     held: dict[str, np.ndarray] | None = field(default=None, repr=False)
     cut: int = 0
     """Rows that were cut at the encoder's limit."""
@@ -114,12 +159,12 @@ class TokenStore:
     def fetch(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, np.ndarray]]:
         """{"ids", "mask" and "types" where the store has them} of each row, 1-D arrays of its length."""
         arrays, offsets = self.arrays, self.arrays["offsets"]
-        values = [name for name in self.columns if name != "offsets"]
+        values = [name for name in self.sizes if name != "offsets"]
         return [{name: arrays[name][offsets[row] : offsets[row + 1]] for name in values} for row in map(int, rows)]
 
-    def batch(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """These rows as `pad` gives them."""
-        return pad(self.fetch(rows), self.padding)
+    def batch(self, fetched: Sequence[Mapping[str, np.ndarray]]) -> Batch:
+        """Rows of `fetch` as `pad` gives them."""
+        return {name: torch.from_numpy(values) for name, values in pad(fetched, self.padding).items()}
 
 
 def pad(rows: Sequence[Mapping[str, np.ndarray]], padding: Padding) -> dict[str, np.ndarray]:
@@ -150,65 +195,17 @@ def pad(rows: Sequence[Mapping[str, np.ndarray]], padding: Padding) -> dict[str,
     return batch
 
 
-@dataclass(kw_only=True)
-class Tokenised:
-    """The tokens of a split."""
-
-    store: TokenStore
-    good: np.ndarray
-    """int64: positions of the records that have tokens; row i of the store belongs to position i, and is empty for the
-    others."""
-    bad: dict[int, str]
-    """Position -> why the record cannot be encoded."""
-
-
-def encode(
-    split: Split,
-    encoder: Encoder,
-    *,
-    made_from: str,
-    on_error: str = "raise",
-    keep: bool = True,
-    progress: Progress = lambda done, total: None,
-) -> Tokenised:
-    """Tokens of a split's records from the cache, or encoded and, if `keep`, put there.
-
-    Args:
-        split: its items are records, column -> value; they are read one chunk after another and not held.
-        made_from: a word for people, shown by `coeft cache`.
-        on_error: raise or skip.
-        progress: called with the records done and their number.
-
-    Raises:
-        UserError: a record cannot be encoded (on_error=raise), or the cache cannot be written.
-    """
-    if not keep:
-        writer = _Writer(None)
-        facts = _encode_rows(split, encoder, writer, on_error, progress)
-        held = {name: np.concatenate(parts) for name, parts in writer.parts.items()}
-        sizes = {name: len(values) for name, values in held.items()}
-        store = TokenStore(encoder.padding, None, tuple(held), sizes, held, facts["cut"], facts["longest"])
-        return _tokenised(store, facts["bad"])
-
-    def fill(folder: Path) -> dict[str, Any]:
-        with _Writer(folder) as writer:
-            facts = _encode_rows(split, encoder, writer, on_error, progress)
-        facts["bad"] = {str(row): reason for row, reason in facts["bad"].items()}
-        facts |= {"sizes": writer.sizes, "checks": {name: _checks(folder / f"{name}.bin") for name in writer.sizes}}
-        return {"format": FORMAT, "samples": len(split), "made_from": made_from, **facts}
-
-    store, bad = obtain("tokens", _key(split, encoder), lambda entry: _open(entry, len(split), encoder.padding), fill)
-    if bad and on_error == "raise":
-        raise UserError(_unusable(split, bad, complete=True))
-    return _tokenised(store, bad)
-
-
-def _tokenised(store: TokenStore, bad: dict[int, str]) -> Tokenised:
+def _encoded(store: TokenStore, bad: dict[int, str]) -> Encoded:
     good = np.setdiff1d(np.arange(len(store), dtype=np.int64), np.array(sorted(bad), np.int64))
-    return Tokenised(store=store, good=good, bad=bad)
+    warnings = []
+    if store.cut:
+        warnings.append(
+            f"{store.cut} of {len(store)} rows were cut at data.max_length; the longest has {store.longest} tokens"
+        )
+    return Encoded(store=store, good=good, bad=bad, warnings=warnings)
 
 
-def _key(split: Split, encoder: Encoder) -> str:
+def _key(split: Split, encoder: "TextEncoder") -> str:
     """32 hexadecimal digits for the texts, in order, and all that decides their tokens."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((FORMAT, encoder.identity)).encode())
@@ -243,7 +240,9 @@ class _Writer:
         self.files[column].write(values.tobytes())
 
 
-def _encode_rows(split: Split, encoder: Encoder, writer: _Writer, on_error: str, progress: Progress) -> dict[str, Any]:
+def _encode_rows(
+    split: Split, encoder: "TextEncoder", writer: _Writer, on_error: str, progress: Progress
+) -> dict[str, Any]:
     """Write the tokens of every record; gives {"bad": row -> reason, "cut": rows cut, "longest": before cutting}."""
     bad: dict[int, str] = {}
     cut = longest = total = 0
@@ -252,7 +251,7 @@ def _encode_rows(split: Split, encoder: Encoder, writer: _Writer, on_error: str,
     writer.add("ids", np.zeros(0, np.int32))
     for start in range(0, len(split), CHUNK):
         rows = range(start, min(start + CHUNK, len(split)))
-        encoded = _encode_chunk([split.items[row] for row in rows], encoder)
+        encoded = _encode_chunk([cast(Record, split.items[row]) for row in rows], encoder)
         lengths = np.zeros(len(rows), np.int64)
         for place, (row, item) in enumerate(zip(rows, encoded, strict=True)):
             if isinstance(item, str):
@@ -279,15 +278,15 @@ def _encode_rows(split: Split, encoder: Encoder, writer: _Writer, on_error: str,
     return {"bad": bad, "cut": cut, "longest": longest}
 
 
-def _encode_chunk(records: list[Mapping[str, Any]], encoder: Encoder) -> list[Encoded | str]:
+def _encode_chunk(records: list[Record], encoder: "TextEncoder") -> list[Tokens | str]:
     """The tokens of each record, or why it has none."""
     try:
-        return list(encoder.batch(records))
+        return list(encoder.rows(records))
     except ValueError:  # one of them; which one, and whether there are more, is found one by one
-        found: list[Encoded | str] = []
+        found: list[Tokens | str] = []
         for record in records:
             try:
-                found.append(encoder(record))
+                found.append(encoder.row(record))
             except ValueError as error:
                 found.append(str(error))
         return found
@@ -336,7 +335,7 @@ def _open(entry: Path, samples: int, padding: Padding) -> tuple[TokenStore, dict
                     file.seek(number * BLOCK)
                     if zlib.crc32(file.read(BLOCK)) != checks[number]:
                         return None
-        store = TokenStore(padding, entry, tuple(sizes), sizes, None, int(meta["cut"]), int(meta["longest"]))
+        store = TokenStore(padding, entry, sizes, None, int(meta["cut"]), int(meta["longest"]))
         if int(store.arrays["offsets"][-1]) != sizes["ids"]:
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError):
