@@ -1,6 +1,7 @@
 """Settings that every kind of image data has."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -122,6 +123,78 @@ class ImageData:
         return self.splits.get(part)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowData(ImageData):
+    """Rows with columns: texts, pairs of texts, or images, with a label, several labels, a number or a text to learn."""
+
+    max_length: int | None = None
+    """Tokens of a text, longer ones are cut; null is what the model takes, at most 512."""
+    pad_multiple: int = 1
+    """Batches of text are padded to a multiple of so many tokens; 8 suits tensor cores."""
+    label_separator: str | None = None
+    """What separates several labels in a cell of text, such as ";"; null where they are a list, or columns."""
+
+    modalities: ClassVar[tuple[str, ...]] = ("text", "image")
+    targets: ClassVar[tuple[str, ...]] = ("class", "classes", "number", "text")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"data.max_length must be 1 or more, or null, not {self.max_length}")
+        if self.pad_multiple < 1:
+            raise UserError(f"data.pad_multiple must be 1 or more, not {self.pad_multiple}")
+        if self.label_separator is not None and not self.label_separator.strip(" "):
+            raise UserError("data.label_separator must be a mark such as ';', or null")
+
+    def fields(self, modality: str, target: str) -> "dict[str, tuple[str, str]]":
+        """What of a row a model gets: name -> (column, setting that names it).
+
+        Names are text, with pair for pairs; image; and for target=text: messages, or prompt and completion, or text.
+
+        Raises:
+            UserError: the settings do not go together.
+        """
+        raise NotImplementedError
+
+
+def is_columns(value: object) -> bool:
+    """Whether a setting names one column, or several."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name.strip() for name in value)
+
+
+def text_fields(
+    target: str,
+    *,
+    text: tuple[str | None, str],
+    pair: tuple[str | None, str],
+    prompt: tuple[str | None, str],
+    completion: tuple[str | None, str],
+    messages: tuple[str | None, str],
+) -> dict[str, tuple[str, str]]:
+    """See RowData.fields, for text; each argument is a column, or None, and the setting that names it.
+
+    Raises:
+        UserError: a prompt without a completion, or chats and prompts at once.
+    """
+    if target != "text":
+        named = {"text": text, "pair": pair}
+    elif messages[0] is not None:
+        if prompt[0] is not None or completion[0] is not None:
+            raise UserError(f"{messages[1]} and {prompt[1]}, {completion[1]} name two kinds of data; set one to null")
+        named = {"messages": messages}
+    elif completion[0] is not None:
+        if prompt[0] is None:
+            raise UserError(f"{completion[1]}={completion[0]} needs {prompt[1]}=COLUMN")
+        named = {"prompt": prompt, "completion": completion}
+    elif prompt[0] is not None:
+        raise UserError(f"{prompt[1]}={prompt[0]} needs {completion[1]}=COLUMN")
+    else:
+        named = {"text": text}
+    return {name: (column, key) for name, (column, key) in named.items() if column is not None}
+
+
 def required(key: str, value: str | None, example: str) -> str:
     """The value of a setting that has no default.
 
@@ -148,13 +221,18 @@ def usual_name(part: str, names: list[str]) -> str | None:
     return None
 
 
-def choose_splits(settings: ImageData, names: list[str], *, source: str) -> dict[str, str | None]:
+def choose_splits(
+    settings: ImageData, names: list[str], *, source: str, parts: Sequence[str] = PARTS
+) -> dict[str, str | None]:
     """train, val, test -> name of a split that exists, or None; `auto` is the split of a usual name if there is one.
+
+    Args:
+        parts: those that are looked for; the others are told elsewhere.
 
     Raises:
         UserError: a name is not among `names`, two parts name the same split, or there is none for training.
     """
-    chosen = {part: settings.split_name(part) for part in PARTS}
+    chosen = {part: settings.split_name(part) for part in parts}
     for part, name in chosen.items():
         if name == AUTO and AUTO not in names:
             chosen[part] = usual_name(part, names)
@@ -166,7 +244,7 @@ def choose_splits(settings: ImageData, names: list[str], *, source: str) -> dict
     for part, name in chosen.items():
         if name is not None and name not in names:
             raise UserError(f"data.splits.{part}: {source} has no split {name!r}; {near(name, names)}")
-    if chosen["train"] is None:
+    if "train" in parts and chosen["train"] is None:
         raise UserError(f"data.splits.train is null: there is nothing to train on; {source} has {', '.join(names)}")
     used = [name for name in chosen.values() if name is not None]
     for name in used:

@@ -21,6 +21,8 @@ from coeft.errors import UserError, near
 if TYPE_CHECKING:
     import pyarrow.parquet
 
+    from coeft.data._rows import Read, Reader
+
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 LONGEST_CELL = 16 << 20  # characters; a quote that is never closed would read the rest of the file into one cell
@@ -37,7 +39,7 @@ class Table(Generic[Value]):
     """The rows of a file that can be used."""
 
     rows: Sequence[Record]
-    """Column -> value of each row, read from the file when asked for; only the columns that were to be kept."""
+    """Name -> value of each row, read from the file when asked for; only what was to be kept."""
     names: Sequence[str]
     """FILE:NUMBER of each row."""
     values: list[Value]
@@ -49,7 +51,7 @@ class Table(Generic[Value]):
 def read_table(
     path: Path,
     columns: Mapping[str, str],
-    keep: Sequence[str],
+    keep: Mapping[str, str],
     visit: Callable[[Record], Value],
     *,
     key: str = "data.path",
@@ -59,7 +61,7 @@ def read_table(
 
     Args:
         columns: column -> setting that names it; each must be there.
-        keep: columns that the rows have when they are read again.
+        keep: name -> column of the values that the rows have when they are read again.
         visit: looks at a whole row (for Parquet, at `columns` and `keep`); raises ValueError with the reason if the
             row cannot be used. What it returns is held in memory.
         key: setting that names the file.
@@ -70,7 +72,7 @@ def read_table(
             (on_error=raise): all such rows are counted and the first ten named.
     """
     _check_file(path, key)
-    wanted = list(dict.fromkeys([*columns, *keep]))
+    wanted = list(dict.fromkeys([*columns, *keep.values()]))
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
@@ -80,6 +82,56 @@ def read_table(
         return _collect(path, _JSONRows(path, keep, columns), visit, on_error)
     except OSError as error:
         raise UserError(f"{key}={path}: cannot be read ({error.strerror or error})") from error
+
+
+class Files:
+    """Files that are read for the splits of one source, each once; what is wrong with them is said together."""
+
+    def __init__(self, reader: "Reader") -> None:
+        self.reader = reader
+        self.done: dict[Path, Read | None] = {}
+        self.problems: list[str] = []
+
+    def read(self, path: Path, key: str) -> "Read | None":
+        """The rows of a file, bad ones apart; None if it cannot be read, which `check` reports."""
+        from coeft.data._rows import Read, images_of
+
+        if path not in self.done:
+            self.done[path] = None
+            reader = self.reader
+            reader.folder = path.parent
+            try:
+                table = read_table(path, reader.columns, reader.keep, reader.visit, key=key, on_error="skip")
+            except UserError as error:
+                self.problems.append(str(error))
+                return None
+            read = Read(where=str(path), items=table.rows, names=table.names, rows=table.values, bad=table.bad)
+            self.done[path] = images_of(read) if "image" in reader.keep else read
+        return self.done[path]
+
+    def check(self) -> None:
+        """Raise a UserError with all that was wrong."""
+        if self.problems:
+            raise UserError("\n".join(dict.fromkeys(self.problems)))
+
+
+def table_files(folder: Path) -> dict[str, Path]:
+    """Name without suffix -> table, of the tables in a folder, sorted.
+
+    Raises:
+        UserError: there is none, or two have the same name.
+    """
+    files = sorted(path for path in folder.iterdir() if is_table(path) and path.is_file())
+    if not files:
+        raise UserError(f"data.path={folder}: the folder has no file of {', '.join(SUFFIXES)}")
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.stem in found:
+            raise UserError(
+                f"data.path={folder}: {found[file.stem].name} and {file.name} are both {file.stem}; keep one"
+            )
+        found[file.stem] = file
+    return found
 
 
 def is_table(path: Path) -> bool:
@@ -116,7 +168,7 @@ def _collect(path: Path, rows: "_Rows", visit: Callable[[Record], Value], on_err
     rows.check_columns()
     if not values and not bad:
         raise UserError(f"{path}: the table has no rows")
-    if bad and (on_error == "raise" or not values):
+    if bad and on_error == "raise":
         where = f"of {path} cannot be used"
         raise UserError(listed(f"row {where}", f"rows {where}", bad))
     rows.places = np.frombuffer(places, np.int64)
@@ -140,9 +192,9 @@ class _Names(Sequence):
 class _Rows(Sequence):
     """The rows of a file: all in a first pass, later single ones at their places."""
 
-    def __init__(self, path: Path, keep: Sequence[str], columns: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, keep: Mapping[str, str], columns: Mapping[str, str]) -> None:
         self.path = path
-        self.keep = list(keep)
+        self.keep = dict(keep)
         self.columns = dict(columns)
         self.places = np.zeros(0, np.int64)
         stat = path.stat()
@@ -153,7 +205,7 @@ class _Rows(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         record = self.read(int(self.places[index]))
-        return {column: record.get(column) for column in self.keep}
+        return {name: record.get(column) for name, column in self.keep.items()}
 
     def scan(self) -> Iterator[Found]:
         """Every row of the file, in order."""
@@ -227,7 +279,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 class _JSONRows(_Lines):
     """One JSON object a line."""
 
-    def __init__(self, path: Path, keep: Sequence[str], columns: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, keep: Mapping[str, str], columns: Mapping[str, str]) -> None:
         super().__init__(path, keep, columns)
         self.seen: dict[str, None] = {}
         self.objects = 0
@@ -283,7 +335,7 @@ def _kind(value: Any) -> str:
 class _DelimitedRows(_Lines):
     """Cells between delimiters, the first row their names; quoted cells may hold delimiters and line breaks."""
 
-    def __init__(self, path: Path, delimiter: str, keep: Sequence[str], columns: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, delimiter: str, keep: Mapping[str, str], columns: Mapping[str, str]) -> None:
         super().__init__(path, keep, columns)
         self.delimiter = delimiter
         self.header: list[str] = []
@@ -390,7 +442,7 @@ def _long_cells() -> Iterator[None]:
 class _ParquetRows(_Rows):
     """Rows of a Parquet file; places are row numbers from 0."""
 
-    def __init__(self, path: Path, wanted: Sequence[str], keep: Sequence[str], columns: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, wanted: Sequence[str], keep: Mapping[str, str], columns: Mapping[str, str]) -> None:
         super().__init__(path, keep, columns)
         self.wanted = list(wanted)
         self._group: tuple[int, Any] | None = None
@@ -427,7 +479,7 @@ class _ParquetRows(_Rows):
         group = int(np.searchsorted(self.starts, place, "right")) - 1
         if self._group is None or self._group[0] != group:
             self.unchanged()
-            self._group = group, self._open().read_row_group(group, columns=self.keep)
+            self._group = group, self._open().read_row_group(group, columns=list(self.keep.values()))
         offset = place - int(self.starts[group])
         return self._group[1].slice(offset, 1).to_pylist()[0]
 

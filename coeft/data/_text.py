@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coeft.data._settings import RowData
 from coeft.data._tokens import Padding, Record, TextEncoder, Tokens
 from coeft.errors import UserError
 
@@ -69,6 +70,26 @@ def padding_of(tokenizer: "PreTrainedTokenizerBase", *, multiple_of: int = 1) ->
         side=tokenizer.padding_side,
         type_id=int(getattr(tokenizer, "pad_token_type_id", 0) or 0),
         multiple_of=multiple_of,
+    )
+
+
+def column_encoder(data: Any, backbone: Any, target: str) -> "ColumnEncoder":
+    """The encoder of a backbone of text for data with columns.
+
+    Raises:
+        UserError: the data has no text, the backbone no tokenizer, or data.max_length does not fit it.
+    """
+    if not isinstance(data, RowData):
+        raise UserError(
+            f"data={data.kind} has no text, but the backbone takes it: data=table or data=hub may have some"
+        )
+    if backbone.tokenizer is None:
+        raise UserError(f"{backbone.name} came without a tokenizer; its folder must hold tokenizer.json")
+    return ColumnEncoder(
+        backbone.tokenizer,
+        list(data.fields("text", target)),
+        max_length=length_limit(backbone.tokenizer, data.max_length),
+        multiple_of=data.pad_multiple,
     )
 
 

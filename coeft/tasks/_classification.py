@@ -1,4 +1,4 @@
-"""Loss, metrics and predictions of single-label classification."""
+"""Loss, metrics and predictions of classification: one class a sample, or several."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,10 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+    MultilabelAveragePrecision,
+    MultilabelExactMatch,
+    MultilabelF1Score,
 )
 
 from coeft.errors import UserError
@@ -25,6 +29,8 @@ class ClassificationTask(Task):
     def __init__(self, num_outputs: int, *, metric: str, label_smoothing: float) -> None:
         if metric == "top5" and num_outputs <= 5:
             raise UserError(f"task.metric=top5 needs more than 5 classes; the data has {num_outputs}")
+        if metric == "f1" and num_outputs != 2:
+            raise UserError(f"task.metric=f1 is that of the second of 2 classes; the data has {num_outputs}: macro_f1?")
         self.num_outputs = num_outputs
         self.metric = metric
         self.label_smoothing = label_smoothing
@@ -42,8 +48,11 @@ class ClassificationTask(Task):
             "macro_f1": MulticlassF1Score(count, average="macro"),
             "balanced_accuracy": MulticlassAccuracy(count, average="macro"),
             "calibration_error": MulticlassCalibrationError(count, n_bins=15),
+            "matthews": MulticlassMatthewsCorrCoef(count),
             "confusion": MulticlassConfusionMatrix(count),
         }
+        if count == 2:
+            metrics["f1"] = SecondClassF1()
         if count > 5:
             metrics["top5"] = MulticlassAccuracy(count, average="micro", top_k=5)
         return MetricCollection(metrics)
@@ -76,6 +85,114 @@ class ClassificationTask(Task):
         """The likeliest class, and the probability of each."""
         rows = [[class_names[int(row.argmax())], *(f"{float(share):.6g}" for share in row)] for row in scores]
         return ["prediction", *class_names], rows
+
+
+class SecondClassF1(MulticlassF1Score):
+    """F1 of the second of two classes, the "positive" one of most benchmarks with two."""
+
+    def __init__(self) -> None:
+        super().__init__(2, average="none")
+
+    def compute(self) -> Tensor:
+        return super().compute()[1]
+
+
+class MultiLabelTask(Task):
+    """Any of `num_outputs` classes a sample: logits (B, num_outputs), labels (B, num_outputs) float of 0 and 1."""
+
+    def __init__(self, num_outputs: int, *, metric: str) -> None:
+        self.num_outputs = num_outputs
+        self.metric = metric
+
+    def loss(self, logits: Tensor, batch: Mapping[str, Tensor], *, training: bool) -> Tensor:
+        """Mean binary cross entropy over samples and classes in nats, in float32."""
+        return F.binary_cross_entropy_with_logits(logits.float(), batch["labels"].float())
+
+    def metrics(self) -> MetricCollection:
+        """Over logits and labels, a class counting as predicted above a probability of one half: fractions in [0, 1].
+
+        mean_average_precision is the mean over the classes that occur.
+        """
+        count = self.num_outputs
+        return MetricCollection(
+            {
+                "micro_f1": MultilabelF1Score(count, average="micro"),
+                "macro_f1": MultilabelF1Score(count, average="macro"),
+                "exact_match": MultilabelExactMatch(count),
+                "mean_average_precision": MultilabelAveragePrecision(count, average="none"),
+                "totals": LabelTotals(count),
+            },
+            compute_groups=False,
+        )
+
+    def update(self, metrics: Any, logits: Tensor, batch: Mapping[str, Tensor]) -> None:
+        # one label alone has no second dimension in torchmetrics' eyes, so shapes are made plain
+        metrics.update(torch.sigmoid(logits.float()), batch["labels"].long())
+
+    def scalars(self) -> list[str]:
+        return ["exact_match", "macro_f1", "mean_average_precision", "micro_f1"]
+
+    def compute(self, metrics: Any) -> tuple[dict[str, float], dict[str, Any]]:
+        computed = metrics.compute()
+        totals = computed.pop("totals").cpu()
+        precisions = computed.pop("mean_average_precision").cpu().double()
+        there = totals[0] > 0
+        scalars = {name: float(value) for name, value in computed.items()}
+        scalars["mean_average_precision"] = float(precisions[there].mean()) if bool(there.any()) else 0.0
+        return scalars, {"label_totals": totals.tolist()}
+
+    def joined(self, extras: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The sums of the counts."""
+        return {"label_totals": torch.tensor([extra["label_totals"] for extra in extras]).sum(0).tolist()}
+
+    def detail(self, extras: Mapping[str, Any]) -> dict[str, Any]:
+        return {"per_class_f1": per_class_f1(torch.tensor(extras["label_totals"]))}
+
+    def plot(self, extras: Mapping[str, Any], class_names: list[str], folder: Path) -> None:
+        from coeft import plots  # matplotlib, which predictions do not need
+
+        scores = per_class_f1(torch.tensor(extras["label_totals"]))
+        plots.bars(
+            [0.0 if score is None else score for score in scores], class_names, "F1", folder / "per_class_f1.png"
+        )
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """The probability of each class in float64."""
+        return torch.sigmoid(logits.double())
+
+    def table(self, scores: Tensor, class_names: list[str]) -> tuple[list[str], list[list[str]]]:
+        """The classes above one half, separated by ";", and the probability of each."""
+        rows = []
+        for row in scores:
+            chosen = [name for name, share in zip(class_names, row.tolist(), strict=True) if share > 0.5]
+            rows.append([";".join(chosen), *(f"{float(share):.6g}" for share in row)])
+        return ["prediction", *class_names], rows
+
+
+class LabelTotals(Metric):
+    """Samples of each class that are true, predicted, and both: int64 (3, num_classes)."""
+
+    full_state_update = False
+    totals: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.add_state("totals", torch.zeros(3, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, shares: Tensor, labels: Tensor) -> None:
+        """Shares (B, num_classes) in [0, 1] and labels of 0 and 1."""
+        predicted, true = shares > 0.5, labels > 0
+        self.totals += torch.stack([true.sum(0), predicted.sum(0), (predicted & true).sum(0)])
+
+    def compute(self) -> Tensor:
+        return self.totals
+
+
+def per_class_f1(totals: Tensor) -> list[float | None]:
+    """F1 of each class from LabelTotals; None for a class that is neither true nor predicted anywhere."""
+    true, predicted, both = totals.double()
+    sums = true + predicted
+    return [float(2 * hit / total) if total else None for hit, total in zip(both, sums, strict=True)]
 
 
 def per_class_accuracy(confusion: Tensor) -> list[float | None]:

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from coeft.errors import UserError
 
-MINIMISED = ("loss",)
+MINIMISED = ("loss", "mae", "mse", "perplexity")
 
 
 class Task(ABC):
@@ -33,6 +34,13 @@ class Task(ABC):
     def weight(self, batch: Mapping[str, Tensor]) -> int:
         """How many units the mean of `loss` is over: samples."""
         return len(batch["labels"])
+
+    def scale(self, labels: np.ndarray) -> tuple[float, float] | None:
+        """Mean and standard deviation that the head's outputs are scaled by, from the training labels; None is none."""
+        return None
+
+    def use_scale(self, scale: tuple[float, float]) -> None:  # noqa: B027
+        """What follows for the loss from the scale of the head's outputs; nothing by default."""
 
     @abstractmethod
     def metrics(self) -> Metric | MetricCollection:

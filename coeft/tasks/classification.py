@@ -1,15 +1,17 @@
-"""Single-label classification: cross entropy over the classes of the data."""
+"""Classification: one class a sample by cross entropy, or several by binary cross entropy of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coeft.errors import UserError, near
 
 if TYPE_CHECKING:
-    from coeft.tasks._classification import ClassificationTask
+    from coeft.data._part import Encoder
+    from coeft.tasks._task import Task
 
-METRICS = ("accuracy", "balanced_accuracy", "loss", "macro_f1", "top5")
+METRICS = ("accuracy", "balanced_accuracy", "f1", "loss", "macro_f1", "matthews", "top5")
+SEVERAL = ("exact_match", "loss", "macro_f1", "mean_average_precision", "micro_f1")  # with multi_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,38 +20,55 @@ class Classification:
 
     kind: str = "classification"
     metric: str = "accuracy"
-    """What picks the epoch and is reported: accuracy, balanced_accuracy, loss, macro_f1 or top5."""
+    """What picks the epoch and is reported: accuracy, balanced_accuracy, loss, macro_f1, matthews, f1 (of the second of
+    two classes) or top5; with multi_label, exact_match, loss, macro_f1, mean_average_precision or micro_f1."""
     label_smoothing: float = 0.0
     """Share of the target that is spread evenly over all classes in training, in [0, 1)."""
+    multi_label: bool = False
+    """A sample may have several classes, or none; each is predicted by itself."""
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise UserError(f"task.metric: no metric {self.metric!r}; {near(self.metric, METRICS)}")
+        metrics = SEVERAL if self.multi_label else METRICS
+        if self.metric not in metrics:
+            where = "task.metric with task.multi_label=true" if self.multi_label else "task.metric"
+            raise UserError(f"{where}: no metric {self.metric!r}; {near(self.metric, metrics)}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task.label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        if self.multi_label and self.label_smoothing:
+            raise UserError("task.label_smoothing is for one class a sample; set it to 0 with task.multi_label=true")
 
     @property
     def target(self) -> str:
-        """What the labels are: one class a sample."""
-        return "class"
+        """What the labels are: one class a sample, or several."""
+        return "classes" if self.multi_label else "class"
 
     @property
     def head(self) -> str:
         """What the backbone ends in."""
         return "classifier"
 
+    def encoder(self, data: Any, backbone: Any) -> "Encoder":
+        """What turns text into the backbone's tokens."""
+        from coeft.data._text import column_encoder
+
+        return column_encoder(data, backbone, self.target)
+
     def outputs(self, class_names: Sequence[str]) -> int:
         """Width of the head.
 
         Raises:
-            UserError: there are fewer than two classes.
+            UserError: there are too few classes.
         """
-        if len(class_names) < 2:
-            raise UserError(f"the data has {len(class_names)} class; classification needs two or more")
+        fewest = 1 if self.multi_label else 2
+        if len(class_names) < fewest:
+            what = "class" if len(class_names) == 1 else "classes"
+            raise UserError(f"the data has {len(class_names)} {what}; classification needs {fewest} or more")
         return len(class_names)
 
-    def build(self, num_outputs: int) -> "ClassificationTask":
+    def build(self, num_outputs: int) -> "Task":
         """Loss and metrics over so many classes."""
-        from coeft.tasks._classification import ClassificationTask
+        from coeft.tasks._classification import ClassificationTask, MultiLabelTask
 
+        if self.multi_label:
+            return MultiLabelTask(num_outputs, metric=self.metric)
         return ClassificationTask(num_outputs, metric=self.metric, label_smoothing=self.label_smoothing)
