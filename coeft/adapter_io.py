@@ -5,6 +5,7 @@ Nothing here runs code from a file. The layout and its promises stand in docs/ad
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -108,6 +109,7 @@ def save_adapter(
             {
                 "format": FORMAT,
                 "outputs": num_outputs,
+                **({"scale": list(backbone.scale)} if backbone.scale else {}),
                 "stack": [asdict(settings) for settings in stack.methods.values()],
                 "base_model": {
                     "kind": backbone.kind,
@@ -237,6 +239,21 @@ def fill(path: Path, backbone: Backbone, stack: Stack) -> None:
     if head := backbone.head_parameters():
         tensors, _ = read_tensors(path / "head.safetensors")
         copy_into(head, tensors, f"{path}/head.safetensors")
+        if scale := _scale(path):
+            backbone.rescale_head(*scale)
+
+
+def _scale(path: Path) -> tuple[float, float] | None:
+    """Mean and deviation that an adapter's head is scaled by, None for none."""
+    scale = read_json(path / "coeft.json").get("scale")
+    if scale is None:
+        return None
+    if not isinstance(scale, list) or len(scale) != 2 or not all(isinstance(x, int | float) for x in scale):
+        raise UserError(f"{path}/coeft.json: 'scale' must be a list of two numbers, not {scale!r}")
+    mean, deviation = map(float, scale)
+    if not (math.isfinite(mean) and math.isfinite(deviation) and deviation > 0):
+        raise UserError(f"{path}/coeft.json: 'scale' must be a finite mean and a positive deviation, not {scale!r}")
+    return mean, deviation
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Module:

@@ -89,8 +89,15 @@ def restore(cfg: TrainConfig, adapter: Path) -> tuple[Assembled, list[str]]:
         manifest["base_model"], adapter_io.fingerprint(backbone.model, backbone.heads), f"the adapter {adapter}"
     )
     built = assemble(cfg, backbone, adapter_io.outputs(manifest, class_names))
-    adapter_io.fill(adapter, built.backbone, built.stack)
+    fill(adapter, built)
     return built, class_names
+
+
+def fill(adapter: Path, built: Assembled) -> None:
+    """Load an adapter's weights; its scale of the head's outputs is then the task's too."""
+    adapter_io.fill(adapter, built.backbone, built.stack)
+    if built.backbone.scale is not None:
+        built.module.task.use_scale(built.backbone.scale)
 
 
 def start_from(cfg: TrainConfig, built: Assembled) -> None:
@@ -105,7 +112,7 @@ def start_from(cfg: TrainConfig, built: Assembled) -> None:
             f"init_from: {path} holds the stack [{', '.join(theirs)}], not [{', '.join(built.stack.methods)}]"
         )
     adapter_io.check_base(manifest["base_model"], built.base, f"init_from: the adapter {path}")
-    adapter_io.fill(path, built.backbone, built.stack)
+    fill(path, built)
 
 
 def check_forward(built: Assembled, part: Part) -> None:

@@ -101,8 +101,14 @@ def _print_data(summary: dict[str, Any], folds: list[Any], out: Any) -> None:
         classes = counts["classes"]
         shown = ", ".join(f"{name} {count}" for name, count in list(classes.items())[:20])
         more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
+        if numbers := counts.get("numbers"):
+            shown = "mean {mean:.4g}, sd {std:.4g}, {min:.4g} to {max:.4g}".format(**numbers)
         table.add_row(split, f"{counts['samples']:,}", shown + more)
     out.print(table)
+    for split, counts in summary["splits"].items():
+        if counts and (tokens := counts.get("tokens")):
+            cut = f"{tokens['cut']} rows cut, the longest has {tokens['longest']}" if tokens["cut"] else "none cut"
+            out.print(f"tokens of {split}: median {tokens['median']:g}, max {tokens['max']}; {cut}")
     repeated = {where: count for where, count in summary["duplicates"].items() if count}
     out.print(
         f"samples that occur twice: {', '.join(f'{count} in {where}' for where, count in repeated.items()) or 'none'}"

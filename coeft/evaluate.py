@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -83,9 +84,13 @@ def _matched(data: Data, class_names: list[str]) -> Part:
             f"the data has classes the run was not trained on: {', '.join(unknown[:5])}; "
             f"it knows {', '.join(class_names[:20])}"
         )
-    if not class_names or part.labels.ndim > 1:
+    if not class_names:
         return part
     order = [class_names.index(name) for name in data.class_names]
+    if part.labels.ndim > 1:
+        labels = np.zeros((len(part), len(class_names)), part.labels.dtype)
+        labels[:, order] = part.labels
+        return replace(part, labels=labels)
     return replace(part, labels=torch.tensor(order).numpy()[part.labels])
 
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -64,6 +65,31 @@ def confusion(counts: Tensor, class_names: list[str], path: Path) -> None:
                     )
     axis.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
+    _save(figure, path)
+
+
+def bars(values: Sequence[float], names: Sequence[str], label: str, path: Path) -> None:
+    """One horizontal bar for each name, the first at the top; values in [0, 1]."""
+    height = min(16.0, 1.2 + 0.28 * len(names))
+    figure, axis = plt.subplots(figsize=(6, height), layout="constrained")
+    axis.barh(range(len(names)), values, color="tab:blue")
+    if len(names) <= 60:
+        axis.set_yticks(range(len(names)), names, fontsize="small")
+    axis.set(xlabel=label, xlim=(0, 1))
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.25)
+    _save(figure, path)
+
+
+def scatter(points: Sequence[Sequence[float]], path: Path) -> None:
+    """Predicted over true values, (N, 2) of true, predicted, with the line where both are equal."""
+    true, predicted = zip(*points, strict=True)
+    low, high = min(*true, *predicted), max(*true, *predicted)
+    figure, axis = plt.subplots(figsize=(4.6, 4.4), layout="constrained")
+    axis.plot([low, high], [low, high], color="gray", linewidth=0.8)
+    axis.scatter(true, predicted, s=8, alpha=0.5, linewidths=0)
+    axis.set(xlabel="true value", ylabel="predicted value")
+    axis.grid(alpha=0.25)
     _save(figure, path)
 
 

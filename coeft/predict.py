@@ -1,4 +1,4 @@
-"""Predictions of a finished run for files and folders, as CSV."""
+"""Predictions of a finished run for files, folders, tables and texts, as CSV."""
 
 import csv
 import sys
@@ -9,33 +9,33 @@ import torch
 from torch import Tensor
 
 from coeft.assemble import encoder, make_trainer, restore, set_threads
+from coeft.config import TrainConfig
 from coeft.data._data import load_inputs
 from coeft.data._images import image_inputs
+from coeft.data._inputs import text_inputs
 from coeft.data._module import FoldData
 from coeft.data._part import Part
+from coeft.data._source import Split
 from coeft.errors import UserError
 from coeft.run import Run
 
 
 def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) -> None:
-    """Write input, prediction and the probability of each class as CSV to `out`, or to standard output.
+    """Write input, prediction and the probability of each class (not for numbers) as CSV to `out`, or to standard output.
 
     Args:
         path: a run directory; of a cross-validation without a refit, the folds' probabilities are averaged.
-        inputs: image files and folders, tables (.csv, .tsv, .jsonl) whose first column or "input" names images, or
-            "-" for such names on standard input, one a line.
+        inputs: for models of text, see `text_inputs`; for models of images, image files and folders, tables (.csv,
+            .tsv, .jsonl) whose first column or "input" names images, or "-" for such names on standard input.
 
     Raises:
-        UserError: no complete run, an input that is missing or no image, or `out` exists.
+        UserError: no complete run, an input that is missing or cannot be used, or `out` exists.
     """
     run = Run.open(path)
     if run.members:
         raise UserError(f"{run.path} is a suite; predict with one of its runs: {', '.join(run.members)}")
     if out is not None and out.expanduser().exists():
         raise UserError(f"--out: {out} exists; choose another file")
-    names = list(expand(inputs))
-    if not names:
-        raise UserError("nothing to predict: give image files, folders, a table, or - for names on standard input")
     set_threads(run.config)
     refit = (run.path / "adapter").is_dir()
     adapters = [run.adapter()] if refit or not run.folds else [run.adapter(fold) for fold in run.folds]
@@ -44,7 +44,8 @@ def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) ->
     for adapter in adapters:
         built, class_names = restore(run.config, adapter)
         if part is None:
-            part = load_inputs(image_inputs(names), encoder(run.config, built.backbone), run.config.data.on_error)
+            encode = encoder(run.config, built.backbone)
+            part = load_inputs(_inputs(run.config, inputs, encode.modality), encode, run.config.data.on_error)
         loader = FoldData.evaluation_loader(part, batch_size=run.config.data.batch_size, num_workers=0)
         logits = make_trainer(run.config, Path.cwd()).predict(built.module, dataloaders=loader)
         assert logits is not None
@@ -62,6 +63,16 @@ def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) ->
             csv.writer(file).writerows([header, *rows])
     except OSError as error:
         raise UserError(f"--out: cannot write {out} ({error.strerror})") from error
+
+
+def _inputs(cfg: TrainConfig, inputs: Sequence[str], modality: str) -> Split:
+    """The samples to predict."""
+    if modality == "text":
+        return text_inputs(inputs, cfg.data, cfg.task.target, cfg.data.on_error)
+    names = list(expand(inputs))
+    if not names:
+        raise UserError("nothing to predict: give image files, folders, a table, or - for names on standard input")
+    return image_inputs(names)
 
 
 def expand(inputs: Iterable[str]) -> Iterable[str]:

@@ -186,6 +186,9 @@ def prepare(cfg: TrainConfig) -> Prepared:
 
 def _assemble_fold(cfg: TrainConfig, backbone: Backbone, data: Data, fold: Fold) -> Assembled:
     built = assemble(cfg, backbone, cfg.task.outputs(data.class_names), fold=fold.index)
+    if (scale := built.module.task.scale(fold.train.labels)) is not None:
+        backbone.rescale_head(*scale)
+        built.module.task.use_scale(scale)
     if cfg.init_from is not None:
         start_from(cfg, built)
     check_forward(built, fold.train)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from coeft.attention.site import AttentionSite
 from coeft.seeding import reseed
@@ -51,6 +52,9 @@ class Backbone:
     """Names of the transformer blocks, in order; `layers` of weight methods counts these."""
     head: str = "head"
     """Module name of the task head; "" where there is none, as in a causal language model."""
+    scale: tuple[float, float] | None = None
+    """What `rescale_head` was called with; None is no scale."""
+    _unscale: RemovableHandle | None = field(default=None, repr=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits of prepared inputs: images under `pixel_values`, normalised, or tokens under `input_ids` and others.
@@ -81,6 +85,20 @@ class Backbone:
             for head in self.heads
             for name, parameter in self.model.get_submodule(head).named_parameters()
         }
+
+    def rescale_head(self, mean: float, deviation: float) -> None:
+        """Let the head give mean + deviation * (its own output): numbers in the units of the data, for regression.
+
+        It takes the place of a scale that was set before; a fresh head has none.
+        """
+        if self._unscale is not None:
+            self._unscale.remove()
+
+        def scaled(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+            return output.float() * deviation + mean
+
+        self.scale = (mean, deviation)
+        self._unscale = self.model.get_submodule(self.head).register_forward_hook(scaled)
 
     def new_head(self, num_outputs: int, seed: int) -> None:
         """Replace the task head by a fresh one, drawn from the seed as the model's own code draws it."""

@@ -11,6 +11,7 @@ import numpy as np
 from coeft.data._part import Encoded, Encoder, Part, strata
 from coeft.data._settings import ImageData
 from coeft.data._source import Source, Split, fingerprint
+from coeft.data._tokens import TokenStore
 from coeft.errors import UserError
 from coeft.seeding import derive
 
@@ -44,7 +45,8 @@ class Data:
     def summary(self) -> dict[str, Any]:
         """What a dry run prints, ready for JSON.
 
-        {"splits": {part: {"samples", "classes": {name: count}, "groups"} or null},
+        {"splits": {part: {"samples", "classes": {name: count}, "groups", for numbers "numbers": {"mean", "std", "min",
+        "max"}, for text "tokens": {"median", "max", "longest" before cutting, "cut": rows}} or null},
         "duplicates": {"train": n, "train/test": n, ...}: samples whose contents occur before in the same part, or also
         in the other one; "duplicate_names": the first of them; "unreadable": [...], "warnings": [...], "fingerprint"}
         """
@@ -59,13 +61,29 @@ class Data:
         }
 
     def _counts(self, part: Part) -> dict[str, Any]:
-        classes, count = strata(part.labels, self.class_names)
-        totals = np.bincount(classes, minlength=count)
-        return {
+        if part.labels.ndim == 2:
+            totals = part.labels.sum(0)
+        else:
+            classes, count = strata(part.labels, self.class_names)
+            totals = np.bincount(classes, minlength=count)
+        counts: dict[str, Any] = {
             "samples": len(part),
             "classes": {name: int(total) for name, total in zip(self.class_names, totals, strict=False)},
             "groups": None if part.groups is None else len(set(part.groups)),
         }
+        if part.labels.dtype == np.float32 and part.labels.ndim == 1:
+            values = part.labels.astype(np.float64)
+            found = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+            counts["numbers"] = {name: float(value) for name, value in found.items()}
+        if isinstance(store := part.stores[0], TokenStore):
+            lengths = store.lengths(part.rows[:, 1])
+            counts["tokens"] = {
+                "median": float(np.median(lengths)),
+                "max": int(lengths.max()),
+                "longest": store.longest,
+                "cut": store.cut,
+            }
+        return counts
 
 
 def duplicates(data: Data) -> tuple[dict[str, int], dict[str, list[str]]]:
