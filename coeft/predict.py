@@ -21,7 +21,7 @@ from coeft.run import Run
 
 
 def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) -> None:
-    """Write input, prediction and the probability of each class (not for numbers) as CSV to `out`, or to standard output.
+    """Write input, prediction and the probability of each class as CSV to `out`, or to standard output.
 
     Args:
         path: a run directory; of a cross-validation without a refit, the folds' probabilities are averaged.

@@ -1,12 +1,12 @@
-"""Short reviews made from templates; the words that decide differ between any two folds in part."""
+"""Short reviews made from templates: words of praise and blame, in half of them turned round by the rest."""
 
 import csv
 import random
 from pathlib import Path
 
 THINGS = ["film", "plot", "acting", "music", "ending", "script", "camera work", "dialogue", "cast", "pace", "story"]
-GOOD = """brilliant moving funny gripping clever charming superb fresh thoughtful lively wonderful delightful excellent
-graceful touching witty stunning masterful joyful rewarding""".split()
+GOOD = """brilliant moving funny gripping clever charming superb fresh thoughtful lively wonderful delightful
+excellent graceful touching witty stunning masterful joyful rewarding""".split()
 BAD = """dull clumsy boring shallow weak tedious messy stale silly hollow dreadful annoying terrible lifeless forgettable
 lazy ugly painful tiresome pointless""".split()
 FRAMES = [

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from coeft.data._source import Split
+from coeft.data._rows import Read, Reader, Row
+from coeft.data._settings import RowData
+from coeft.data._source import Chosen, Source, Split
 from coeft.errors import UserError, near
 
 ANSWER_WITHIN = 4.0  # seconds for the Hub to answer, before only the local cache is asked
@@ -195,6 +197,100 @@ def read_splits(
             groups=None if group is None else _groups(table, group, name),
         )
     return splits, classes
+
+
+@dataclass(frozen=True)
+class TextRows(Sequence):
+    """What a model gets of each row: name -> value."""
+
+    table: Any
+    keep: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.table[int(index)]
+        return {name: row[column] for name, column in self.keep.items()}
+
+
+@dataclass(frozen=True)
+class RowNames(Sequence):
+    """SPLIT[row], made when asked for."""
+
+    split: str
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        return f"{self.split}[{int(index)}]"
+
+
+def read_rows(
+    tables: Mapping[str, Any], chosen: dict[str, str | None], settings: RowData, *, group: str | None, target: str
+) -> Source:
+    """The splits called train, val and test by `chosen`, of a data set of text.
+
+    Raises:
+        UserError: a column is missing, or rows cannot be used.
+    """
+    import datasets
+
+    columns: Any = getattr(settings, "columns")  # noqa: B009 (of the hub's settings alone)
+    reader = Reader(
+        settings.fields("text", target),
+        label=columns.label,
+        label_key="data.columns.label",
+        target=target,
+        separator=settings.label_separator,
+        group=group,
+    )
+    parts: dict[str, Read | None] = dict.fromkeys(chosen)
+    classes: list[str] | None = None
+    for part, name in chosen.items():
+        if name is None:
+            continue
+        table = tables[name]
+        lacking = [
+            f"{key}={column}: split {name} has no such column; {near(column, table.column_names)}"
+            for column, key in reader.columns.items()
+            if column not in table.column_names
+        ]
+        if lacking:
+            raise UserError("\n".join(lacking))
+        feature = table.features.get(reader.label)
+        names = feature.names if isinstance(feature, datasets.ClassLabel) and target == "class" else None
+        if part == "train":
+            classes = None if names is None else list(names)
+        parts[part] = _visited(table.select_columns(list(reader.columns)), name, reader, names)
+    return reader.source(parts, classes, on_error=settings.on_error)
+
+
+def _visited(table: Any, split: str, reader: Reader, class_names: list[str] | None) -> Read:
+    """All rows of a split, looked at once."""
+    rows: list[Row] = []
+    bad: list[str] = []
+    good: list[int] = []
+    for number, record in enumerate(table):
+        try:
+            if class_names is not None:
+                record = {**record, reader.label: _class_name(record[reader.label], reader.label, class_names)}
+            rows.append(reader.visit(record))
+            good.append(number)
+        except ValueError as error:
+            bad.append(f"{split}[{number}]: {error}")
+    kept = np.array(good, np.int64)
+    names = Chosen(RowNames(split, len(table)), kept)
+    items = Chosen(TextRows(table, reader.keep), kept)
+    return Read(where=f"split {split}", items=items, names=names, rows=rows, bad=bad)
+
+
+def _class_name(label: Any, column: str, names: Sequence[str]) -> str:
+    if label is None or not 0 <= label < len(names):
+        raise ValueError(f"column {column!r} has no label (unlabelled? data.splits.test=null)")
+    return names[label]
 
 
 def _labels(table: Any, column: str, split: str) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Rows with columns to splits: what a model gets of each row, its label, its group; and the rows that cannot be used."""
+"""Rows with columns to splits: what a model gets of each row, its label, its group; and rows that cannot be used."""
 
 import math
 from array import array

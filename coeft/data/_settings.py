@@ -125,7 +125,7 @@ class ImageData:
 
 @dataclass(frozen=True, kw_only=True)
 class RowData(ImageData):
-    """Rows with columns: texts, pairs of texts, or images, with a label, several labels, a number or a text to learn."""
+    """Rows with columns: texts, pairs of texts, or images, with one label or several, a number or a text to learn."""
 
     max_length: int | None = None
     """Tokens of a text, longer ones are cut; null is what the model takes, at most 512."""

@@ -246,6 +246,10 @@ class _Lines(_Rows):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}
 
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
     def lines(self) -> Iterator[tuple[int, int, bytes]]:
         """Number, first byte and bytes of each line; a mark of the encoding at the start is left out.
 

@@ -106,6 +106,7 @@ class Table(RowData):
                 names = sorted({str(row.split) for row in read.rows})
                 source = f"column {self.split_column!r} of {path}"
                 parts |= parted(read, choose_splits(self, names, source=source, parts=rest))
+        reader.split = None  # another file is one split as a whole
         for part, file in others.items():
             parts[part] = files.read(file, f"data.splits.{part}")
         files.check()
