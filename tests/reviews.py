@@ -7,8 +7,8 @@ from pathlib import Path
 THINGS = ["film", "plot", "acting", "music", "ending", "script", "camera work", "dialogue", "cast", "pace", "story"]
 GOOD = """brilliant moving funny gripping clever charming superb fresh thoughtful lively wonderful delightful
 excellent graceful touching witty stunning masterful joyful rewarding""".split()
-BAD = """dull clumsy boring shallow weak tedious messy stale silly hollow dreadful annoying terrible lifeless forgettable
-lazy ugly painful tiresome pointless""".split()
+BAD = """dull clumsy boring shallow weak tedious messy stale silly hollow dreadful annoying terrible lifeless
+forgettable lazy ugly painful tiresome pointless""".split()
 FRAMES = [
     "The {a} is {x}.",
     "What a {x} {a}, and the {b} fits it.",

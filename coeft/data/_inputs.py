@@ -64,14 +64,14 @@ def text_inputs(inputs: Sequence[str], settings: RowData, target: str, on_error:
     parts: list[Sequence[dict[str, Any]]] = []
     problems: list[str] = []
     for given in inputs:
-        path = Path(given).expanduser() if len(given) < 4096 and "\n" not in given else None
+        path = _path(given)
         if given == "-":
             parts.append(_lines(reader, problems))
         elif path is not None and is_table(path):
             if (read := files.read(path, "INPUT")) is not None:
                 parts.append(read.items)
                 problems += [f"{path.parent / line}" if on_error == "raise" else line for line in read.bad]
-        elif path is not None and _exists(path):
+        elif path is not None:
             raise UserError(
                 f"{given} is a file, but not a table (.csv, .tsv, .jsonl, .parquet); its lines: - < {given}"
             )
@@ -93,11 +93,13 @@ def text_inputs(inputs: Sequence[str], settings: RowData, target: str, on_error:
     return Split(items=items, labels=np.full(len(items), -1, np.int64), names=_Shown(items))
 
 
-def _exists(path: Path) -> bool:
+def _path(given: str) -> Path | None:
+    """The table or other file that an input names, None for a text."""
     try:
-        return path.exists()
-    except OSError:  # too long for a name: a text
-        return False
+        path = Path(given).expanduser()
+        return path if is_table(path) or path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long for a name, no such user's home, a character of no name
+        return None
 
 
 def _lines(reader: Reader, problems: list[str]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ class Table(RowData):
             raise UserError(f"data.label must be the name of a column, or a list of columns, not {self.label!r}")
 
     def fields(self, modality: str, target: str) -> dict[str, tuple[str, str]]:
-        texts = [self.input, self.pair] if isinstance(self.input, str) else [*self.input, None]
+        texts: list[Any] = [self.input, self.pair] if isinstance(self.input, str) else [*self.input, None]
         if modality == "image":
             if texts[1] is not None:
                 raise UserError("data.input names two columns, but the backbone takes one image; name one")

@@ -1,5 +1,6 @@
 """Loss, metrics and predictions of classification: one class a sample, or several."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,9 @@ class MultiLabelTask(Task):
         return ["exact_match", "macro_f1", "mean_average_precision", "micro_f1"]
 
     def compute(self, metrics: Any) -> tuple[dict[str, float], dict[str, Any]]:
-        computed = metrics.compute()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No positive samples")  # such classes are left out below
+            computed = metrics.compute()
         totals = computed.pop("totals").cpu()
         precisions = computed.pop("mean_average_precision").cpu().double()
         there = totals[0] > 0

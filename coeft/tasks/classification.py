@@ -59,10 +59,9 @@ class Classification:
         Raises:
             UserError: there are too few classes.
         """
-        fewest = 1 if self.multi_label else 2
-        if len(class_names) < fewest:
+        if len(class_names) < 2:
             what = "class" if len(class_names) == 1 else "classes"
-            raise UserError(f"the data has {len(class_names)} {what}; classification needs {fewest} or more")
+            raise UserError(f"the data has {len(class_names)} {what}; classification needs two or more")
         return len(class_names)
 
     def build(self, num_outputs: int) -> "Task":

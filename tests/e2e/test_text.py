@@ -57,7 +57,10 @@ def test_evaluation_repeats_the_numbers_of_training(sentiment, tmp_path):
     from coeft.evaluate import evaluate
 
     again = evaluate(sentiment, {})
-    assert again["heldout"] == pytest.approx(results(sentiment)["heldout"], abs=1e-6)
+    before = results(sentiment)["heldout"]
+    assert list(again["heldout"]) == list(before)
+    for name, value in before.items():
+        assert again["heldout"][name] == pytest.approx(value, abs=1e-6)
     other = write_reviews(tmp_path / "other.csv", 12, seed=5)
     elsewhere = evaluate(sentiment, {"data.path": str(other)})
     assert elsewhere["heldout"] is None and 0 <= elsewhere["test"]["accuracy"] <= 1
@@ -196,7 +199,7 @@ def test_several_labels_in_folds(tmp_path, capsys):
         ("r.csv", 'text,label\nok,x\n"open,y\n', '  r.csv:3: a quote (") is opened and never closed'),
         ("r.csv", "text,label\nok,x\na,b,c\n", "  r.csv:3: 3 cells, the header has 2"),
         ("r.csv", b"text,label\nok,x\ncaf\xe9,y\n", "  r.csv:3: not UTF-8: byte 0xe9"),
-        ("r.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', "  r.jsonl:2: broken JSON: Expecting ',' delimiter at column 13"),
+        ("r.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', "  r.jsonl:2: broken JSON: Expecting ',' delim"),
         ("r.jsonl", '{"text": "a", "label": 1}\n["b", 2]\n', "  r.jsonl:2: holds a list, not an object"),
         ("r.csv", "", "r.csv: the file is empty"),
         ("r.csv", "text,label\n", "r.csv: the table has no rows"),
