@@ -71,7 +71,7 @@ def read_table(
         UserError: there is no such file, it is no table, a column is missing, it has no row, or a row cannot be used
             (on_error=raise): all such rows are counted and the first ten named.
     """
-    _check_file(path, key)
+    check_file(path, key)
     wanted = list(dict.fromkeys([*columns, *keep.values()]))
     suffix = path.suffix.lower()
     try:
@@ -139,7 +139,8 @@ def is_table(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def _check_file(path: Path, key: str) -> None:
+def check_file(path: Path, key: str) -> None:
+    """Refuse what is no file of a table, by its name, before it is read."""
     if path.suffix.lower() not in SUFFIXES and not path.is_dir():
         raise UserError(f"{key}={path}: not a file of {', '.join(SUFFIXES)}")
     if path.is_dir():

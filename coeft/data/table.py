@@ -73,6 +73,20 @@ class Table(RowData):
             messages=(self.messages, "data.messages"),
         )
 
+    def check(self) -> None:
+        from pathlib import Path
+
+        from coeft.data._tables import check_file, table_files
+
+        path = Path(required("data.path", self.path, "FILE"))
+        others = self._others(path)
+        if path.is_dir():
+            table_files(path)
+        elif any(self.split_name(part) is not None for part in PARTS if part not in others):
+            check_file(path, "data.path")
+        for part, file in others.items():
+            check_file(file, f"data.splits.{part}")
+
     def load(self, seed: int, group: str | None = None, *, modality: str = "text", target: str = "class") -> "Source":
         from pathlib import Path
 
