@@ -68,6 +68,7 @@ def export_model(
     from coeft.standalone import write_standalone
 
     built, class_names = restore(run.config, source)
+    built.backbone.fold_scale()
     num_outputs = outputs(read_manifest(source), class_names)
     with _made(wanted) as (part, target):
         summary = write_standalone(

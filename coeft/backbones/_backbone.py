@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from coeft.attention.site import AttentionSite
+from coeft.errors import UserError
 from coeft.seeding import reseed
 
 
@@ -99,6 +100,26 @@ class Backbone:
 
         self.scale = (mean, deviation)
         self._unscale = self.model.get_submodule(self.head).register_forward_hook(scaled)
+
+    def fold_scale(self) -> None:
+        """Write the scale of `rescale_head` into the head's last linear layer, for a model without coeft.
+
+        Raises:
+            UserError: that layer has no bias, which would hold the mean.
+        """
+        if self.scale is None or self._unscale is None:
+            return
+        mean, deviation = self.scale
+        layers = [m for m in self.model.get_submodule(self.head).modules() if isinstance(m, nn.Linear)]
+        if not layers or layers[-1].bias is None:
+            raise UserError(
+                f"the head of {self.name} has no bias to hold the mean of the numbers, {mean:g}: export the adapter"
+            )
+        with torch.no_grad():
+            layers[-1].weight.mul_(deviation)
+            layers[-1].bias.mul_(deviation).add_(mean)
+        self._unscale.remove()
+        self.scale = self._unscale = None
 
     def new_head(self, num_outputs: int, seed: int) -> None:
         """Replace the task head by a fresh one, drawn from the seed as the model's own code draws it."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import minilm
 from reviews import reviews, write_reviews
+from safetensors import safe_open
 from small import coeft, command, results
 
 import coeft as library
@@ -161,6 +162,10 @@ def test_numbers_of_pairs_are_learnt_in_their_own_units(tmp_path, capsys):
     with torch.no_grad():
         value = model(**AutoTokenizer.from_pretrained(minilm())(*pair, return_tensors="pt")).logits
     assert float(value) == pytest.approx(values[0], rel=1e-4)
+
+    assert coeft("export", "model", run, "--out", tmp_path / "model") == 0  # which compares its outputs itself
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert 95 < float(file.get_tensor("classifier.bias")) < 109  # the scale is in the weights
 
     from coeft.evaluate import evaluate
 

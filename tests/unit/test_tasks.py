@@ -132,6 +132,10 @@ def test_the_scale_of_a_head():
     torch.testing.assert_close(model(inputs), 100 + 7 * plain)
     backbone.rescale_head(1, 2)  # instead of the first, not on top of it
     torch.testing.assert_close(model(inputs), 1 + 2 * plain)
+    backbone.fold_scale()
+    torch.testing.assert_close(model(inputs), 1 + 2 * plain)
+    assert backbone.scale is None
+    backbone.rescale_head(1, 2)
     assert backbone.scale == (1, 2) and list(model.state_dict()) == [
         "body.weight",
         "body.bias",
