@@ -122,6 +122,7 @@ def check_forward(built: Assembled, part: Part) -> None:
         UserError: a method is not called, or the model cannot take samples of this size.
     """
     batch = part.batch(range(min(2, len(part))))
+    built.module.task.check(built.backbone)
     try:
         built.stack.probe(built.backbone, built.module.prepared(batch))
     except (RuntimeError, AssertionError) as error:

@@ -46,10 +46,11 @@ class TuningModule(L.LightningModule):
         self.extras: dict[str, Any] = {}
         """What the task has beyond numbers of the last test."""
         self.samples_seen = 0
+        self.step_weight = 0  # units of the optimizer step so far, where the task asks for their mean
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """A batch of the data to logits (B, num_outputs), or of a language model (B, T, vocabulary)."""
-        return self.backbone.forward(self.prepared(batch))
+        """A batch of the data to what the task takes as logits, such as (B, num_outputs)."""
+        return self.task.forward(self.backbone, self.prepared(batch), batch, training=self.training)
 
     def prepared(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A batch without its labels as the backbone takes it: uint8 images are normalised."""
@@ -70,12 +71,30 @@ class TuningModule(L.LightningModule):
                 f"the loss is {float(loss.detach())} at epoch {self.current_epoch}, step {self.global_step}: "
                 f"lower optim.lr ({self.optim.lr:g}) or the learning rates of the methods, or set trainer.clip_norm"
             )
-        self.samples_seen += len(batch["labels"])
+        self.samples_seen += int(batch["texts"].sum()) if "texts" in batch else len(batch["labels"])
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         self.log("lr", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
-        return loss
+        if not self.task.weighted:
+            return loss
+        # The sum over the units: their number in the whole step is only known at its end. Lightning will divide by
+        # the number of micro-batches, which is undone here.
+        self.step_weight += self.task.weight(batch)
+        return loss * (self.task.weight(batch) * self.trainer.accumulate_grad_batches)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Turn the gradient of the sum into that of the mean over the step's units, before it is clipped."""
+        if not self.task.weighted:
+            return
+        strategy = self.trainer.strategy
+        total = strategy.reduce(torch.tensor(float(self.step_weight), device=self.device), reduce_op="sum")
+        share = self.trainer.world_size / float(total)  # gradients are means over processes
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(share)
+        self.step_weight = 0
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits = self(batch)

@@ -1,5 +1,6 @@
 """The composition root: train(cfg) runs one config from data to results.json."""
 
+import json
 import logging
 import math
 import shlex
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -44,6 +45,7 @@ from coeft.data._part import Part
 from coeft.errors import UserError
 from coeft.loggers._metrics_csv import MetricsCSV, cut
 from coeft.model_card import model_card
+from coeft.module import TuningModule
 from coeft.run import (
     check_run_dir,
     create_run_dir,
@@ -53,6 +55,7 @@ from coeft.run import (
     shorten_home,
     write_config,
     write_json,
+    write_text,
 )
 from coeft.tables import print_folds
 from coeft.tasks._task import Task
@@ -335,6 +338,8 @@ def _fit(
             )
     checkpoint = BestEpoch(checkpoints, "best", save_last=True, enable_version_counter=False, **monitored)
     callbacks.append(checkpoint)
+    if fold.val is not None:
+        callbacks.append(EpochSamples(fold.val, folder / "samples.jsonl", cfg.seed))
     if watch is not None:
         callbacks.append(Watcher(watch, run_dir, fold.index))
     bar = cfg.trainer.progress and sys.stderr.isatty()
@@ -360,8 +365,14 @@ def _fit(
     last = checkpoints / "last.ckpt"
     done = torch.load(last, weights_only=True)["epoch"] + 1 if last.is_file() else 0
     cut(run_dir / "metrics.csv", fold=fold.index, first_epoch=done)
+    cut_samples(folder / "samples.jsonl", first_epoch=done)
     loader = FoldData(
-        fold, batch_size=micro, eval_batch_size=cfg.data.batch_size, seed=cfg.seed, num_workers=cfg.data.num_workers
+        fold,
+        batch_size=micro,
+        eval_batch_size=cfg.data.batch_size,
+        seed=cfg.seed,
+        num_workers=cfg.data.num_workers,
+        capacity=task.capacity(built.backbone, cfg.data),
     )
     loader.start_epoch = done
     with interruptible(run_dir):
@@ -450,6 +461,28 @@ class EpochLog(L.Callback):
                 parts.append(f"{name} {float(logged[name]):.4f}")
         rate = (module.samples_seen - self.seen) / max(1e-9, time.monotonic() - self.begun)  # type: ignore[operator]
         log.info("%s, %.0f samples/s", ", ".join(parts), rate)
+
+
+def cut_samples(file: Path, *, first_epoch: int) -> None:
+    """Drop from a file of EpochSamples what will be written again, and a line that was not finished."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch]
+        write_text(file, "".join(kept))
+
+
+class EpochSamples(L.Callback):
+    """Lets the task show a few samples after every epoch, in a file with one JSON object a line."""
+
+    def __init__(self, part: Part, file: Path, seed: int) -> None:
+        self.part, self.file, self.seed = part, file, seed
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            tuning = cast(TuningModule, module)
+            tuning.task.write_samples(
+                tuning.backbone, self.part, self.file, epoch=trainer.current_epoch, seed=self.seed
+            )
 
 
 class Watcher(L.Callback):

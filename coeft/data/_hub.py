@@ -246,6 +246,7 @@ def read_rows(
         target=target,
         separator=settings.label_separator,
         group=group,
+        first_choice=settings.first_choice,
     )
     parts: dict[str, Read | None] = dict.fromkeys(chosen)
     classes: list[str] | None = None

@@ -113,10 +113,25 @@ class FoldData(lightning.LightningDataModule):
         eval_batch_size: the same for validation, held-out and test batches.
         seed: of the order.
         num_workers: processes that fetch batches; the batches are the same for any number.
+        capacity: put several training texts into rows of so many tokens; a row is a sample then. Null does not.
     """
 
-    def __init__(self, fold: Fold, *, batch_size: int, eval_batch_size: int, seed: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        fold: Fold,
+        *,
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int,
+        num_workers: int,
+        capacity: int | None = None,
+    ) -> None:
         super().__init__()
+        self.samples: Dataset = Samples(fold.train)
+        if capacity is not None:
+            from coeft.data._language import PackedSamples
+
+            self.samples = PackedSamples(fold.train, capacity, derive(seed, "rows", fold.index))
         self.fold = fold
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -129,8 +144,8 @@ class FoldData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         resumed = self.trainer.current_epoch if self.trainer is not None else 0
         epoch = max(self.start_epoch, resumed)
-        order = TrainOrder(len(self.fold.train), seed=self.seed, fold=self.fold.index, epoch=epoch)
-        return self._loader(self.fold.train, order, self.batch_size)
+        order = TrainOrder(len(self.samples), seed=self.seed, fold=self.fold.index, epoch=epoch)  # type: ignore[arg-type]
+        return self._loader(self.samples, order, self.batch_size)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._eval_loader(self.fold.val)
@@ -155,11 +170,11 @@ class FoldData(lightning.LightningDataModule):
         if part is None:
             return []
         size = equal_batches(len(part), self.eval_batch_size, _ranks()[1])
-        return self._loader(part, EvalOrder(len(part)), size)
+        return self._loader(Samples(part), EvalOrder(len(part)), size)
 
-    def _loader(self, part: Part, order: TrainOrder | EvalOrder, batch_size: int) -> DataLoader:
+    def _loader(self, samples: Dataset, order: TrainOrder | EvalOrder, batch_size: int) -> DataLoader:
         return DataLoader(
-            Samples(part),
+            samples,
             batch_size=batch_size,
             sampler=order,
             num_workers=self.num_workers,

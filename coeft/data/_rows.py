@@ -20,7 +20,7 @@ class Row(NamedTuple):
     """What is held of a row beside its number."""
 
     label: Any
-    """An index into `Reader.vocabulary`, several of them, or a number."""
+    """An index into `Reader.vocabulary`, several of them, a number, or the number of a choice."""
     group: str | None
     split: str | None
     image: Path | None
@@ -45,8 +45,9 @@ class Reader:
         fields: name -> (column, setting that names it), of what the model gets.
         label: column of the label, or several columns of 0 and 1; not used for target=text.
         label_key: setting that names it.
-        target: class, classes, number or text.
+        target: class, classes, number, text or choice.
         separator: between several labels in one cell.
+        first_choice: number of the first choice in `label`, for target=choice.
         group, split: columns of the group and of the name of the split.
         folder: where relative names of images begin.
     """
@@ -62,7 +63,9 @@ class Reader:
         group: str | None = None,
         split: str | None = None,
         folder: Path | None = None,
+        first_choice: int = 0,
     ) -> None:
+        self.first_choice = first_choice
         self.fields = dict(fields)
         self.keep = {name: column for name, (column, _) in fields.items()}
         self.target = target
@@ -108,6 +111,8 @@ class Reader:
                 image = attempt(self._image, record, column)
             elif name == "messages":
                 attempt(_messages, record, column)
+            elif name.startswith("choice"):
+                continue  # looked at together, with the label
             else:
                 attempt(_text, record, column, name == "prompt")
         label = attempt(self._label, record)
@@ -129,11 +134,24 @@ class Reader:
             return 0
         if self.target == "number":
             return _number(record, self.label)
+        if self.target == "choice":
+            return self._answer(record)
         if self.target == "class":
             return self._index(_word(record, self.label))
         if self.flags:
             return tuple(index for index, column in enumerate(self.flags) if _flag(record, column))
         return tuple(self._index(name) for name in self._several(record[self.label]))
+
+    def _answer(self, record: Mapping[str, Any]) -> int:
+        """Which choice is right, counted from 0."""
+        from coeft.data._choices import choices_of, own_labels, read_answer
+
+        named = {name: record.get(column) for name, column in self.keep.items()}
+        choices = choices_of(named)
+        try:
+            return read_answer(record.get(self.label), choices, own_labels(named), first=self.first_choice)
+        except ValueError as error:
+            raise ValueError(f"column {self.label!r}: {error}") from error
 
     def _index(self, name: str) -> int:
         return self.vocabulary.setdefault(name, len(self.vocabulary))
@@ -229,6 +247,8 @@ class Reader:
         labels: np.ndarray
         if self.target == "number":
             labels = np.array([row.label for row in read.rows], np.float32)
+        elif self.target == "choice":
+            labels = np.array([row.label for row in read.rows], np.int64)
         elif self.target == "classes":
             labels = np.zeros((len(read.rows), num_classes), np.float32)
             for position, row in enumerate(read.rows):

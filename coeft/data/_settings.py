@@ -134,13 +134,20 @@ class RowData(ImageData):
     label_separator: str | None = None
     """What separates several labels in a cell of text, such as ";"; null where they are a list, or columns."""
 
+    chat_template: str | None = None
+    """File with a Jinja chat template in the place of the tokenizer's own."""
+    first_choice: int = 0
+    """Number of the first choice where the label counts them, for multiple choice: 0 or 1."""
+
     modalities: ClassVar[tuple[str, ...]] = ("text", "image")
-    targets: ClassVar[tuple[str, ...]] = ("class", "classes", "number", "text")
+    targets: ClassVar[tuple[str, ...]] = ("class", "classes", "number", "text", "choice")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"data.max_length must be 1 or more, or null, not {self.max_length}")
+        if self.first_choice not in (0, 1):
+            raise UserError(f"data.first_choice must be 0 or 1, not {self.first_choice}")
         if self.pad_multiple < 1:
             raise UserError(f"data.pad_multiple must be 1 or more, not {self.pad_multiple}")
         if self.label_separator is not None and not self.label_separator.strip(" "):
@@ -149,7 +156,8 @@ class RowData(ImageData):
     def fields(self, modality: str, target: str) -> "dict[str, tuple[str, str]]":
         """What of a row a model gets: name -> (column, setting that names it).
 
-        Names are text, with pair for pairs; image; and for target=text: messages, or prompt and completion, or text.
+        Names are text, with pair for pairs; image; for target=text: messages, or prompt and completion, or text; and
+        for target=choice: question and choices, or question and choice_0, choice_1, ...
 
         Raises:
             UserError: the settings do not go together.
@@ -172,13 +180,18 @@ def text_fields(
     prompt: tuple[str | None, str],
     completion: tuple[str | None, str],
     messages: tuple[str | None, str],
+    choices: tuple[str | list[str] | None, str],
 ) -> dict[str, tuple[str, str]]:
     """See RowData.fields, for text; each argument is a column, or None, and the setting that names it.
+
+    Several columns of choices hold one each.
 
     Raises:
         UserError: a prompt without a completion, or chats and prompts at once.
     """
-    if target != "text":
+    if target == "choice":
+        named = {"question": text, **_choice_fields(*choices)}
+    elif target != "text":
         named = {"text": text, "pair": pair}
     elif messages[0] is not None:
         if prompt[0] is not None or completion[0] is not None:
@@ -193,6 +206,14 @@ def text_fields(
     else:
         named = {"text": text}
     return {name: (column, key) for name, (column, key) in named.items() if column is not None}
+
+
+def _choice_fields(columns: str | list[str] | None, key: str) -> dict[str, tuple[str | None, str]]:
+    if columns is None:
+        raise UserError(f"{key} is missing: name the column that holds the list of choices, or several columns")
+    if isinstance(columns, str):
+        return {"choices": (columns, key)}
+    return {f"choice_{number}": (column, key) for number, column in enumerate(columns)}
 
 
 def required(key: str, value: str | None, example: str) -> str:

@@ -36,10 +36,15 @@ class RowColumns(Columns):
     """For language models: what is learnt."""
     messages: str | None = None
     """For language models: chats, lists of {"role", "content"}."""
+    choices: Any = None
+    """For multiple choice: the lists of choices, or a list of columns with one choice each; `text` is the question,
+    `label` the right choice: its number, its letter or its text."""
 
     def __post_init__(self) -> None:
         if not is_columns(self.label):
             raise UserError(f"data.columns.label must be the name of a column, or a list of them, not {self.label!r}")
+        if self.choices is not None and not is_columns(self.choices):
+            raise UserError(f"data.columns.choices must be the name of a column, or a list, not {self.choices!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,7 @@ class Hub(RowData):
             prompt=(columns.prompt, "data.columns.prompt"),
             completion=(columns.completion, "data.columns.completion"),
             messages=(columns.messages, "data.columns.messages"),
+            choices=(columns.choices, "data.columns.choices"),
         )
 
     def check(self) -> None:

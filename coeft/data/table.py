@@ -48,6 +48,9 @@ class Table(RowData):
     """For language models: column of what is learnt."""
     messages: str | None = None
     """For language models: column of chats, lists of {"role", "content"}."""
+    choices: Any = None
+    """For multiple choice: column of the lists of choices, or a list of columns with one choice each; `input` is the
+    column of the question, `label` of the right choice: its number, its letter or its text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +60,8 @@ class Table(RowData):
             raise UserError("data.pair and a list in data.input both name the second text; set data.pair=null")
         if not is_columns(self.label):
             raise UserError(f"data.label must be the name of a column, or a list of columns, not {self.label!r}")
+        if self.choices is not None and not is_columns(self.choices):
+            raise UserError(f"data.choices must be the name of a column, or a list of columns, not {self.choices!r}")
 
     def fields(self, modality: str, target: str) -> dict[str, tuple[str, str]]:
         texts: list[Any] = [self.input, self.pair] if isinstance(self.input, str) else [*self.input, None]
@@ -71,6 +76,7 @@ class Table(RowData):
             prompt=(self.prompt, "data.prompt"),
             completion=(self.completion, "data.completion"),
             messages=(self.messages, "data.messages"),
+            choices=(self.choices, "data.choices"),
         )
 
     def check(self) -> None:
@@ -102,6 +108,7 @@ class Table(RowData):
             separator=self.label_separator,
             group=group,
             split=self.split_column,
+            first_choice=self.first_choice,
         )
         files = Files(reader)
         others = self._others(path)

@@ -3,13 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from coeft.errors import UserError
+
+if TYPE_CHECKING:
+    from coeft.backbones._backbone import Backbone
+    from coeft.data._part import Part
 
 MINIMISED = ("loss", "mae", "mse", "perplexity")
 
@@ -22,10 +26,40 @@ class Task(ABC):
     num_outputs: int
     """Width of the head; 0 where the model's own output layer is used."""
 
+    weighted = False
+    """Whether a step's loss is the mean over all units of its micro-batches (see `weight`), however they fall on
+    them; else the mean of the micro-batches' means."""
+
     @property
     def mode(self) -> str:
         """Whether the reported metric is better when it is larger ("max") or smaller ("min")."""
         return "min" if self.metric in MINIMISED else "max"
+
+    def forward(
+        self, backbone: "Backbone", inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, training: bool
+    ) -> Tensor:
+        """What the other methods take as logits: the backbone's own.
+
+        Args:
+            inputs: as the backbone takes them.
+            batch: as the data gives it.
+        """
+        return backbone.forward(inputs)
+
+    def check(self, backbone: "Backbone") -> None:  # noqa: B027
+        """Try whether the backbone can do what the settings ask for.
+
+        Raises:
+            UserError: it cannot.
+        """
+
+    def capacity(self, backbone: "Backbone", data: Any) -> int | None:
+        """Tokens of a row that several training texts share; None where every text has its own.
+
+        Args:
+            data: the settings of the data.
+        """
+        return None
 
     @abstractmethod
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor], *, training: bool) -> Tensor:
@@ -68,6 +102,11 @@ class Task(ABC):
 
     def plot(self, extras: Mapping[str, Any], class_names: list[str], folder: Path) -> None:  # noqa: B027
         """Pictures of what is beyond numbers, as PNG files of a folder; none by default."""
+
+    def write_samples(  # noqa: B027
+        self, backbone: "Backbone", part: "Part", file: Path, *, epoch: int, seed: int
+    ) -> None:
+        """Show what the model does with a few samples after an epoch, in a file; nothing by default."""
 
     def scores(self, logits: Tensor) -> Tensor:
         """What is averaged over fold models, float64 (N, num_outputs): probabilities, or numbers."""
