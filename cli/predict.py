@@ -9,20 +9,34 @@ from .arguments import Parser
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("predict", "Predict with a finished run: a CSV row (input, prediction, probabilities) for each.")
+    parser = Parser(
+        "predict",
+        "Predict with a finished run: a CSV row (input, prediction, probabilities) for each input. A language model\n"
+        "continues prompts: one as it is written, several as rows (input, generated).",
+    )
     parser.add_argument("run", metavar="RUN", help="the run directory")
     parser.add_argument(
         "inputs", nargs="*", metavar="INPUT", help="files, folders, tables, texts; - reads standard input, one a line"
     )
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+    text = parser.add_argument_group("language models")
+    text.add_argument("--max-new-tokens", metavar="N", type=int, help="longest answer; default: task.max_new_tokens")
+    text.add_argument("--temperature", metavar="T", type=float, help="0 takes the likeliest token (default)")
+    text.add_argument("--top-p", metavar="P", type=float, help="draw from the likeliest tokens with this probability")
+    text.add_argument("--seed", metavar="S", type=int, help="of what is drawn; default 0")
+    text.add_argument("--fold", metavar="K", type=int, help="which fold's model, after a cross-validation")
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.inputs and sys.stdin.isatty():
         raise UserError("predict: give an INPUT: an image, a folder, a table, a text, or - for standard input")
-    from coeft.predict import predict
+    from coeft.predict import Wishes, predict
 
+    asked = {key: getattr(arguments, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
+    asked = {key: value for key, value in asked.items() if value is not None}
     predict(
         Path(arguments.run).expanduser(),
         arguments.inputs or ["-"],
         Path(arguments.out).expanduser() if arguments.out else None,
+        fold=arguments.fold,
+        wishes=Wishes(**asked) if asked else None,
     )
     return 0

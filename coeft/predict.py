@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from coeft.answer import Wishes, answer
 from coeft.assemble import encoder, make_trainer, restore, set_threads
 from coeft.config import TrainConfig
 from coeft.data._data import load_inputs
@@ -15,18 +16,31 @@ from coeft.data._images import image_inputs
 from coeft.data._inputs import text_inputs
 from coeft.data._module import FoldData
 from coeft.data._part import Part
+from coeft.data._records import column_of, is_file, table_records, unlabelled
 from coeft.data._source import Split
 from coeft.errors import UserError
 from coeft.run import Run
 
 
-def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) -> None:
+def predict(
+    path: str | Path,
+    inputs: Sequence[str],
+    out: Path | None = None,
+    *,
+    fold: int | None = None,
+    wishes: Wishes | None = None,
+) -> None:
     """Write input, prediction and the probability of each class as CSV to `out`, or to standard output.
+
+    A language model continues prompts instead, see coeft.answer.
 
     Args:
         path: a run directory; of a cross-validation without a refit, the folds' probabilities are averaged.
         inputs: for models of text, see `text_inputs`; for models of images, image files and folders, tables (.csv,
-            .tsv, .jsonl) whose first column or "input" names images, or "-" for such names on standard input.
+            .tsv, .jsonl) whose first column or "input" names images, or "-" for such names on standard input; for
+            multiple choice, tables with the run's columns.
+        fold: of a language model, which fold's.
+        wishes: of a language model, how the text is made.
 
     Raises:
         UserError: no complete run, an input that is missing or cannot be used, or `out` exists.
@@ -36,6 +50,11 @@ def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) ->
         raise UserError(f"{run.path} is a suite; predict with one of its runs: {', '.join(run.members)}")
     if out is not None and out.expanduser().exists():
         raise UserError(f"--out: {out} exists; choose another file")
+    if run.config.task.kind == "causal_lm":
+        answer(run, inputs, out.expanduser() if out else None, fold=fold, wishes=wishes or Wishes())
+        return
+    if fold is not None or wishes is not None:
+        raise UserError("--fold, --max-new-tokens, --temperature, --top-p and --seed are for language models alone")
     set_threads(run.config)
     refit = (run.path / "adapter").is_dir()
     adapters = [run.adapter()] if refit or not run.folds else [run.adapter(fold) for fold in run.folds]
@@ -67,12 +86,33 @@ def predict(path: str | Path, inputs: Sequence[str], out: Path | None = None) ->
 
 def _inputs(cfg: TrainConfig, inputs: Sequence[str], modality: str) -> Split:
     """The samples to predict."""
+    if cfg.task.target == "choice":
+        return choice_inputs(cfg, inputs)
     if modality == "text":
         return text_inputs(inputs, cfg.data, cfg.task.target, cfg.data.on_error)
     names = list(expand(inputs))
     if not names:
         raise UserError("nothing to predict: give image files, folders, a table, or - for names on standard input")
     return image_inputs(names)
+
+
+def choice_inputs(cfg: TrainConfig, names: Sequence[str]) -> Split:
+    """The questions of tables.
+
+    Raises:
+        UserError: no table, or it lacks the run's columns of questions and choices.
+    """
+    fields = cfg.data.fields("text", "choice")
+    records, labels = [], []
+    for name in names:
+        if not is_file(name):
+            raise UserError(f"{name}: give a table (.csv, .tsv, .jsonl, .parquet) of questions with their choices")
+        found = table_records(name)
+        for column, _ in fields.values():
+            column_of(found, [column], name)
+        records += [{key: record.get(column) for key, (column, _) in fields.items()} for record in found]
+        labels += [f"{name}:{number}" for number in range(1, len(found) + 1)]
+    return unlabelled(records, labels)
 
 
 def expand(inputs: Iterable[str]) -> Iterable[str]:
