@@ -321,9 +321,15 @@ def annotations(key: str) -> list[Any]:
     else:
         schemas, inner = [TrainConfig], [head, *inner]
     for part in inner:
-        hints = [get_type_hints(schema) for schema in schemas if is_dataclass(schema)]
+        hints = [_hints(schema) for schema in schemas if is_dataclass(schema)]
         schemas = [hint[part] for hint in hints if part in hint]
     return schemas
+
+
+def _hints(schema: Any) -> dict[str, Any]:
+    """Field -> type of a dataclass of settings; class variables are no keys."""
+    hints = get_type_hints(schema)
+    return {spec.name: hints[spec.name] for spec in fields(schema)}
 
 
 def settings_from(
@@ -461,7 +467,7 @@ class _Check:
     def _fill(self, filled: DictConfig, node: Mapping[str, Any], where: str, inside: str, given: list[str]) -> None:
         schema = OmegaConf.get_type(filled)
         assert is_dataclass(schema)
-        hints = get_type_hints(schema)
+        hints = _hints(schema)
         for key, value in node.items():
             full = _join(where, str(key))
             if key not in hints:
