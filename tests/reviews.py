@@ -1,4 +1,4 @@
-"""Short reviews made from templates: words of praise and blame, in half of them turned round by the rest."""
+"""Short reviews made from templates: words of praise and blame, in a quarter of them turned round by the rest."""
 
 import csv
 import random
@@ -26,12 +26,12 @@ TURNED = [
 
 
 def reviews(number: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Text and label, neg or pos in turn; in half of the texts the opinion is turned round by the rest of it."""
+    """Text and label, neg or pos in turn; in a quarter of the texts the opinion is turned round by the rest of it."""
     rng = random.Random(seed)
     made: dict[str, str] = {}
     while len(made) < number:
         label = ("neg", "pos")[len(made) % 2]
-        turned = rng.random() < 0.5
+        turned = rng.random() < 0.25
         word = rng.choice(GOOD if (label == "pos") != turned else BAD)
         a, b = rng.sample(THINGS, 2)
         made.setdefault(rng.choice(TURNED if turned else FRAMES).format(a=a, b=b, x=word), label)
