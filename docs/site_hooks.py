@@ -1,0 +1,40 @@
+"""Pages of the documentation site that are made from the code: methods, recipes, contributing."""
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from coeft.cli.catalogue import METHODS, docstring, options, recipe_file, recipe_names
+
+ROOT = Path(__file__).parent.parent
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what is written nowhere by hand."""
+    for name, text in {"methods.md": methods(), "recipes.md": recipes(), "contributing.md": contributing()}.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def methods() -> str:
+    """The card of every method."""
+    cards = [
+        f"## {name}\n\n```text\n{docstring(METHODS / f'{name}.py')}\n```\n"
+        for name in options("peft")
+        if (METHODS / f"{name}.py").is_file()
+    ]
+    head = "# Methods\n\nWhat `peft=` takes, alone or in a stack such as `peft=[coeff,lora]`; `coeft show method NAME`\nprints the card with the settings and their defaults.\n\n"
+    return head + "\n".join(cards)
+
+
+def recipes() -> str:
+    """Every recipe with its file."""
+    entries = [f"## {name}\n\n```yaml\n{recipe_file(name).read_text(encoding='utf-8')}```\n" for name in recipe_names()]
+    head = "# Recipes\n\nThe experiments that coeft ships: `coeft train recipe=NAME`. `coeft copy recipe NAME mine.yaml` gives a copy to\nedit, which `coeft train recipe=./mine.yaml` runs. The header of each says what was measured, and what was not.\n\n"
+    return head + "\n".join(entries)
+
+
+def contributing() -> str:
+    """CONTRIBUTING.md, which stands at the top of the repository."""
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
