@@ -14,9 +14,7 @@ from coeft.errors import UserError
 from coeft.report.folders import Found, find
 from coeft.report.statistics import Comparison, Summary, compare, summarize
 from coeft.run import Run, read_json
-
-# metrics of which less is better
-SMALLER_IS_BETTER = ("loss", "calibration_error", "mae", "mse", "rmse", "perplexity")
+from coeft.tasks._direction import smaller_is_better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ class Setting:
 
     @property
     def larger_is_better(self) -> bool:
-        return self.metric not in SMALLER_IS_BETTER
+        return not smaller_is_better(self.metric)
 
     @property
     def stack(self) -> str:

@@ -10,12 +10,11 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from coeft.errors import UserError
+from coeft.tasks._direction import smaller_is_better
 
 if TYPE_CHECKING:
     from coeft.backbones._backbone import Backbone
     from coeft.data._part import Part
-
-MINIMISED = ("loss", "mae", "mse", "perplexity")
 
 
 class Task(ABC):
@@ -33,7 +32,7 @@ class Task(ABC):
     @property
     def mode(self) -> str:
         """Whether the reported metric is better when it is larger ("max") or smaller ("min")."""
-        return "min" if self.metric in MINIMISED else "max"
+        return "min" if smaller_is_better(self.metric) else "max"
 
     def forward(
         self, backbone: "Backbone", inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, training: bool

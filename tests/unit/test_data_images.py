@@ -432,7 +432,7 @@ def test_subsets_are_balanced_nested_and_follow_the_seed():
     assert [len(group) for group in names] == [500, 200, 300] and len(set.union(*names)) == 1000
     assert np.bincount(parts.val.labels).tolist() == [20] * 10
 
-    with pytest.raises(UserError, match="data.n_train=1798 is more than the 1,797 images of the train split; set it"):
+    with pytest.raises(UserError, match="data.n_train=1798 is more than the 1,797 samples of the train split; set it"):
         load(n_train=1798)
     with pytest.raises(UserError, match="data.n_train=1700 is more than the 1,597 images"):
         load(n_val=200, n_train=1700)
@@ -447,7 +447,7 @@ def test_n_test_takes_from_the_splits_own_images(tmp_path):
     assert data.test is not None
     assert data.test.labels.tolist() == [0, 1, 2] and all(name.startswith("test/") for name in data.test.names)
     assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(UserError, match="data.n_test=13 is more than the 12 images of the test split"):
+    with pytest.raises(UserError, match="data.n_test=13 is more than the 12 samples of the test split"):
         load_data(ImageFolder(root=str(tmp_path / "r"), n_test=13), seed=0, encoder=ImageEncoder(preprocessing()))
 
 
@@ -467,7 +467,7 @@ def test_summary_counts_duplicates(tmp_path):
 
 def test_classes_without_training_images_are_said(caplog):
     data = load_data(Digits(n_train=8), seed=0, encoder=ImageEncoder(preprocessing()))
-    assert "2 of 10 classes have no training image" in data.warnings[0] and data.warnings[0] in caplog.text
+    assert "2 of 10 classes have no training sample" in data.warnings[0] and data.warnings[0] in caplog.text
 
 
 def test_fingerprint_sees_labels_names_and_pixels():
