@@ -1,8 +1,8 @@
 """Draw docs/pictures/convex_hull.png and print its figures: python docs/draw_convex_hull.py
 
-One attention layer of twelve heads, four queries, twelve keys, values in the plane. The first head's outputs should reach
-points outside the convex hull of its values. A softmax map cannot get there, however it is trained; twelve coefficients
-of frozen maps can.
+One attention layer of twelve heads, four queries, twelve keys, values in the plane. The first head's outputs should
+reach points outside the convex hull of its values. A softmax map cannot get there, however it is trained; twelve
+coefficients of frozen maps can.
 """
 
 from pathlib import Path
@@ -72,7 +72,8 @@ def draw_picture(points: Tensor, target: Tensor, outputs: dict[str, Tensor]) -> 
         axis.set_aspect("equal")
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    entries = axes[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     figure.savefig(PICTURE, dpi=110)
 
 

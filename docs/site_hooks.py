@@ -8,6 +8,18 @@ from mkdocs.structure.files import File, Files
 from coeft.cli.catalogue import METHODS, docstring, options, recipe_file, recipe_names
 
 ROOT = Path(__file__).parent.parent
+METHODS_HEAD = """# Methods
+
+What `peft=` takes, alone or in a stack such as `peft=[coeff,lora]`; `coeft show method NAME` prints the card with the
+settings and their defaults.
+
+"""
+RECIPES_HEAD = """# Recipes
+
+The experiments that coeft ships: `coeft train recipe=NAME`. `coeft copy recipe NAME mine.yaml` gives a copy to edit, which
+`coeft train recipe=./mine.yaml` runs. The header of each says what was measured, and what was not.
+
+"""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -24,15 +36,14 @@ def methods() -> str:
         for name in options("peft")
         if (METHODS / f"{name}.py").is_file()
     ]
-    head = "# Methods\n\nWhat `peft=` takes, alone or in a stack such as `peft=[coeff,lora]`; `coeft show method NAME`\nprints the card with the settings and their defaults.\n\n"
-    return head + "\n".join(cards)
+    return METHODS_HEAD + "\n".join(cards)
 
 
 def recipes() -> str:
     """Every recipe with its file."""
-    entries = [f"## {name}\n\n```yaml\n{recipe_file(name).read_text(encoding='utf-8')}```\n" for name in recipe_names()]
-    head = "# Recipes\n\nThe experiments that coeft ships: `coeft train recipe=NAME`. `coeft copy recipe NAME mine.yaml` gives a copy to\nedit, which `coeft train recipe=./mine.yaml` runs. The header of each says what was measured, and what was not.\n\n"
-    return head + "\n".join(entries)
+    files = {name: recipe_file(name).read_text(encoding="utf-8") for name in recipe_names()}
+    entries = [f"## {name}\n\n```yaml\n{text}```\n" for name, text in files.items()]
+    return RECIPES_HEAD + "\n".join(entries)
 
 
 def contributing() -> str:
