@@ -16,7 +16,7 @@ settings and their defaults.
 """
 RECIPES_HEAD = """# Recipes
 
-The experiments that coeft ships: `coeft train recipe=NAME`. `coeft copy recipe NAME mine.yaml` gives a copy to edit, which
+The experiments that coeft ships: `coeft train recipe=NAME`. `coeft copy recipe NAME mine.yaml` gives a copy, which
 `coeft train recipe=./mine.yaml` runs. The header of each says what was measured, and what was not.
 
 """
