@@ -1,6 +1,7 @@
 """One trial is one job: an ordinary run, whose scores go to the study."""
 
 import csv
+import fcntl
 import logging
 import shutil
 import statistics
@@ -27,6 +28,8 @@ from coeft.sweep.study import Address, pruner
 
 log = logging.getLogger("coeft")
 
+PATIENCE_S = 600.0  # a node that has lost its cluster ends its processes within a minute or two
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -49,6 +52,11 @@ class Job:
         """Name -> folder of the trial's runs."""
         return {name: self.folder / name for name in self.members} or {"": self.folder}
 
+    @property
+    def cpus(self) -> int:
+        """CPUs that the trial keeps busy."""
+        return max(config.trainer.threads or 1 for config in (self.config, *self.members.values()))
+
 
 def run_job(job: Job) -> Done:
     """Train a trial, or continue it; errors are recorded, an interrupt goes through.
@@ -57,9 +65,9 @@ def run_job(job: Job) -> Done:
         KeyboardInterrupt: the user stopped; the trial can be continued.
     """
     try:
-        with _quiet():
+        with _quiet(), _alone(job):
             _train(job)
-        return Done(state="complete", **_measured(job))
+            return Done(state="complete", **_measured(job))
     except optuna.TrialPruned:
         return Done(state="pruned")
     except UserError as error:
@@ -83,6 +91,32 @@ def _train(job: Job) -> None:
         suite.run_suite(config, job.members, watch=watch)
     else:
         training.train(config, watch=watch)
+
+
+@contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """Hold a trial's folder: a process that its sweep has given up may live on for a while, on another machine even.
+
+    Raises:
+        UserError: the other process has not ended in time, or the file system has no locks.
+    """
+    path = job.folder.parent.parent / ".locks" / job.folder.name  # not inside: a begun folder may be thrown away
+    path.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + PATIENCE_S
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"another process has trained in {job.folder} for {PATIENCE_S:.0f} s; end it, then continue"
+                    ) from None
+                time.sleep(0.2)
+            except OSError as error:
+                raise UserError(f"run_dir: no file can be locked at {path} ({error.strerror})") from error
+        yield
 
 
 class Reporter:

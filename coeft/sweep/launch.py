@@ -143,8 +143,3 @@ def _serve(pipe: Connection, run: Run) -> None:
             pipe.send(run(pipe.recv()))
     except (EOFError, KeyboardInterrupt):
         pass
-
-
-def launcher(n_jobs: int, run: Run) -> Launcher:
-    """What runs so many jobs at the same time."""
-    return Inline(run) if n_jobs == 1 else Processes(n_jobs, run)

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from coeft.errors import UserError
 from coeft.run import read_json, shorten_home, write_json, write_text
 from coeft.sweep import plots
 from coeft.sweep.jobs import Job, run_job
-from coeft.sweep.launch import Done, Launcher, launcher
+from coeft.sweep.launch import Done, Inline, Launcher, Processes
 from coeft.sweep.settings import OBJECTIVES, Compose, Entry, Sweep, grid, plan
 from coeft.sweep.study import Address, importances, label, sampler, suggest, values_of
 from coeft.tables import print_trials
@@ -34,7 +35,7 @@ from coeft.train import interruptible
 log = logging.getLogger("coeft")
 
 # what a sweep that goes on may have other values of
-CHANGEABLE = ("n_trials", "time_limit", "n_jobs", "launcher")
+CHANGEABLE = ("n_trials", "time_limit", "n_jobs", "launcher", "address", "gpus")
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
 STATES = {
     TrialState.COMPLETE: "complete",
@@ -85,9 +86,20 @@ def search(
         hunt = _Search(base, settings, compose, entries, run_dir, address, owner)
         hunt.join()
         with interruptible(run_dir):
-            hunt.run(launcher(settings.n_jobs, run_job))
+            hunt.run(launcher(settings, run_dir))
             hunt.finish(name)
     return run_dir
+
+
+def launcher(settings: Sweep, run_dir: Path) -> Launcher:
+    """What runs the trials."""
+    if settings.launcher == "ray":
+        from coeft.sweep.cluster import RayLauncher
+
+        return RayLauncher(
+            settings.n_jobs, run_job, run_dir, address=settings.address, gpus=settings.gpus, cpus=attrgetter("cpus")
+        )
+    return Inline(run_job) if settings.n_jobs == 1 else Processes(settings.n_jobs, run_job)
 
 
 @contextmanager
@@ -175,7 +187,9 @@ class _Search:
         if self.points is not None:
             self.n_trials = min(self.n_trials, len(self.points))
         self.threads = base.trainer.threads
-        if self.threads is None and settings.n_jobs > 1:
+        if self.threads is None and settings.launcher == "ray":
+            self.threads = 1  # what a node has is not known here
+        elif self.threads is None and settings.n_jobs > 1:
             available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             self.threads = min(torch.get_num_threads(), max(1, available // settings.n_jobs))
         self.study: optuna.Study

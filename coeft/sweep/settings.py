@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, get_args
 
 from coeft.config import FOLDERS, TrainConfig, annotations, apply_overrides, kinds, settings_from
@@ -11,7 +13,7 @@ from coeft.errors import UserError, near
 
 SAMPLERS = ("grid", "nsga2", "random", "tpe")
 PRUNERS = ("hyperband", "median", "none")
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", "ray")
 # objective -> whether more or less of it is better; "validation" follows task.metric
 OBJECTIVES = {
     "validation": None,
@@ -21,6 +23,7 @@ OBJECTIVES = {
     "wall_s": "min",
     "samples_per_s": "max",
 }
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):[0-9]{1,5}")  # ray:// is not: there a program has no cluster's files
 # values of the space -> the config of a trial, and its runs by name if it has several (empty: it is one run)
 Compose = Callable[[Mapping[str, Any]], tuple[TrainConfig, Mapping[str, TrainConfig]]]
 
@@ -104,8 +107,13 @@ class Sweep:
     seeds: list[int] = field(default_factory=list)
     """Every trial is trained with each of these seeds, its values are the means. Empty is the config's seed alone."""
     launcher: str = "local"
+    """local (this machine) or ray (a cluster of machines that share the run directory)."""
     n_jobs: int = 1
-    """Trials at the same time, each in a process of its own; 1 stays in this one."""
+    """Trials at the same time, each in a process of its own; 1 stays in this one, unless launcher is ray."""
+    address: str | None = None
+    """Of the Ray cluster: HOST:PORT, or auto for the one of this machine; null starts one for the sweep."""
+    gpus: float | None = None
+    """GPUs of each trial on Ray, also parts of one; null is 1 if the cluster has any."""
     population: int | None = None
     """Size of a generation of nsga2; null is a fifth of n_trials, from 4 to 50."""
     storage: str | None = None
@@ -134,6 +142,16 @@ class Sweep:
         for name, number in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
             if number is not None and number < 1:
                 raise UserError(f"sweep.{name} must be 1 or more, not {number}")
+        if self.gpus is not None and not (self.gpus >= 0 and (self.gpus < 1 or float(self.gpus).is_integer())):
+            raise UserError(f"sweep.gpus must be a whole number or a part of one GPU, such as 0.5, not {self.gpus}")
+        if self.launcher != "ray":
+            for name, given in (("address", self.address), ("gpus", self.gpus)):
+                if given is not None:
+                    raise UserError(f"sweep.{name} belongs to sweep.launcher=ray; leave it out, or set that")
+        if self.address is not None and self.address != "auto" and not _ADDRESS.fullmatch(self.address):
+            raise UserError(
+                f"sweep.address must be HOST:PORT or auto, not {self.address!r}; null starts a cluster for the sweep"
+            )
         if self.population is not None and self.population < 2:
             raise UserError(f"sweep.population must be 2 or more, not {self.population}")
         if self.time_limit is not None and not self.time_limit > 0:
@@ -350,6 +368,8 @@ def first_values(entries: Mapping[str, Entry], base: list[str]) -> dict[str, Any
 def _unfit(base: TrainConfig, settings: Sweep) -> list[str]:
     """What of a config a sweep cannot do."""
     wrong = []
+    if settings.launcher == "ray" and find_spec("ray") is None:
+        wrong.append("sweep.launcher=ray needs Ray: pip install 'coeft[ray]', or set sweep.launcher=local")
     if base.suite:
         wrong.append("a sweep searches over one run, but the recipe is a suite of several; choose a recipe without one")
     if base.trainer.devices != 1:
