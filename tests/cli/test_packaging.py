@@ -49,7 +49,7 @@ def test_constraints_pin_every_direct_dependency() -> None:
     lines = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if line and not line.startswith("#")}
     extras = PROJECT["project"]["optional-dependencies"]
-    direct = [*PROJECT["project"]["dependencies"], *extras["dev"]]
+    direct = [*PROJECT["project"]["dependencies"], *(line for extra in extras.values() for line in extra)]
     assert not {line.partition(">=")[0].lower().replace("_", "-") for line in direct} - pinned
     assert all("==" in line and "://" not in line for line in lines if line and not line.startswith("#"))
 

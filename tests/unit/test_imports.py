@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("coeft", "cli") for path in (CHECKOUT / folder).rglob("*.py"))
 # packages that settings may not pull in: a config error must answer at once
 HEAVY = (
-    "torch torchvision numpy lightning timm transformers peft datasets sklearn matplotlib torchmetrics wandb PIL optuna"
+    "torch torchvision numpy lightning timm transformers peft datasets sklearn matplotlib torchmetrics wandb PIL optuna ray"
 )
 # package -> the only places that may import it, late or not
 PLACES = {
@@ -28,6 +28,7 @@ PLACES = {
     "optuna": ["coeft/sweep/"],
     "scipy": ["coeft/report/statistics.py"],
     "jinja2": ["coeft/report/page.py"],
+    "ray": ["coeft/sweep/cluster.py"],
 }
 # library files that the command line reads before it knows that the config is right
 LIGHT = [

@@ -80,7 +80,7 @@ def test_a_wrong_entry_of_the_space_says_what_would_be_right(entry: dict[str, An
         ({"smapler": "tpe"}, "sweep.smapler: no such key; did you mean sampler"),
         ({"sampler": "tep"}, "did you mean tpe"),
         ({"pruner": "hyper"}, "did you mean hyperband"),
-        ({"launcher": "ray"}, "there are local"),
+        ({"launcher": "slurm"}, "there are local, ray"),
         ({"objectives": ["valid"]}, "did you mean validation"),
         ({"objectives": []}, "one objective or more"),
         ({"objectives": ["validation", "trainable_params"], "pruner": "median"}, "needs a single objective"),
