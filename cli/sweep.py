@@ -23,6 +23,7 @@ keys (KEY=VALUE, in any order):
   sweep.pruner=median                      none, median, hyperband
   sweep.seeds=[0,1,2]                      every trial with several seeds
   sweep.n_jobs=2                           trials at the same time
+  sweep.launcher=ray sweep.address=auto    on the machines of a Ray cluster
   sweep.space.peft.lora.rank=[2,4,8]       a key of the config: values, or {{low: 1, high: 8}}; null takes it out
   sweep.storage=postgresql://HOST/NAME     several machines in one study
   run_dir=PATH                             default runs/RECIPE/sweep-NAME

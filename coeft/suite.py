@@ -11,6 +11,7 @@ from typing import Any
 from coeft import train as training
 from coeft.config import TrainConfig, load_config
 from coeft.errors import UserError
+from coeft.loggers._findings import publish
 from coeft.run import create_run_dir, read_json, write_config, write_json
 from coeft.tables import print_suite
 
@@ -71,6 +72,7 @@ def _run_members(cfg: TrainConfig, run_dir: Path, watch: training.Watch | None) 
             "wall_s": round(time.monotonic() - started, 3),
         },
     )
+    publish(cfg, run_dir)
     if watch is None:
         print_suite(read_json(run_dir / "results.json"), file=sys.stderr)
     return run_dir

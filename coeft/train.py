@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -37,12 +36,13 @@ from coeft.assemble import (
     start_from,
 )
 from coeft.backbones._backbone import Backbone
-from coeft.config import TrainConfig, load_config, to_yaml
+from coeft.config import TrainConfig, load_config
 from coeft.data._data import NOUNS, Data, load_data
 from coeft.data._folds import Fold, make_folds, refit_fold
 from coeft.data._module import FoldData
 from coeft.data._part import Part
 from coeft.errors import UserError
+from coeft.loggers._findings import Boards
 from coeft.loggers._metrics_csv import MetricsCSV, cut
 from coeft.model_card import model_card
 from coeft.module import TuningModule
@@ -221,6 +221,7 @@ def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: flo
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    boards = Boards(cfg, run_dir)
     for name in data.skipped:  # standard error has had the count already
         handler.handle(log.makeRecord(log.name, logging.WARNING, "", 0, f"unreadable, left out: {name}", (), None))
     try:
@@ -235,13 +236,15 @@ def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: flo
                 continue
             first = fold is folds[0]
             built = prepared.first if first else _assemble_fold(cfg, build_backbone(cfg), data, fold)
-            outcomes.append(_fit_fold(cfg, run_dir, folder, fold, built, data, watch))
+            outcomes.append(_fit_fold(cfg, run_dir, folder, fold, built, data, watch, boards))
         task = prepared.first.module.task
         write_json(run_dir / "results.json", _results(cfg, run_dir, outcomes, task, data.class_names, started))
+        boards.publish(run_dir)
         if watch is None:
             print_folds(read_json(run_dir / "results.json"), file=sys.stderr)
         return run_dir
     finally:
+        boards.close()
         log.removeHandler(handler)
         handler.close()
 
@@ -266,6 +269,7 @@ def _fit_fold(
     built: Assembled,
     data: Data,
     watch: Watch | None,
+    boards: Boards,
 ) -> Outcome:
     counts = count_parameters(built.backbone, built.stack)
     name = "all data" if is_refit(cfg, fold) else f"fold {fold.index + 1}/{cfg.cv.folds}" if cfg.cv.folds > 1 else "run"
@@ -276,7 +280,7 @@ def _fit_fold(
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
     begun = time.monotonic()
-    best_epoch, validation = _fit(cfg, run_dir, folder, fold, built, watch)
+    best_epoch, validation = _fit(cfg, run_dir, folder, fold, built, watch, boards)
     fit_s = time.monotonic() - begun
     parts = {"heldout": fold.heldout, "test": fold.test}
     if fold.heldout is None and fold.test is None:
@@ -319,11 +323,13 @@ def _fit_fold(
     if row["value"] is not None:
         log.info("%s: %s %.4f (epoch %s)", name, cfg.task.metric, row["value"], best_epoch)
     write_json(folder / "fold.json", vars(outcome))
+    if folder != run_dir:
+        boards.publish(folder)
     return outcome
 
 
 def _fit(
-    cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assembled, watch: Watch | None
+    cfg: TrainConfig, run_dir: Path, folder: Path, fold: Fold, built: Assembled, watch: Watch | None, boards: Boards
 ) -> tuple[int, float | None]:
     """Train one fold and leave the best epoch's weights in the model; that epoch, from 0, and its validation metric."""
     task = built.module.task
@@ -346,8 +352,7 @@ def _fit(
     if bar:
         callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
     loggers = [MetricsCSV(run_dir / "metrics.csv", fold=fold.index, metrics=task.scalars())]
-    place = run_dir.name if folder == run_dir else f"{run_dir.name}/{folder.name}"
-    loggers += cfg.logger.build(run_dir, name=place, config=yaml.safe_load(to_yaml(cfg)))
+    loggers += boards.open(folder)
     trainer = make_trainer(
         cfg,
         folder,
@@ -377,9 +382,6 @@ def _fit(
     loader.start_epoch = done
     with interruptible(run_dir):
         trainer.fit(built.module, datamodule=loader, ckpt_path=last if done else None, weights_only=True)
-    for logger in loggers:
-        if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
-            logger.experiment.finish()  # wandb: the next fold is a run of its own
     best = torch.load(checkpoint.best_model_path or last, map_location="cpu", weights_only=True)
     built.module.load_state_dict(best["state_dict"], strict=False)
     score = checkpoint.best_model_score

@@ -9,6 +9,8 @@ from coeft.errors import UserError
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
+    from coeft.loggers._findings import Findings
+
 MODES = ("online", "offline", "disabled")
 
 
@@ -25,6 +27,8 @@ class Wandb:
     name: str | None = None
     """Name of the run; null is the run directory's, with the fold."""
     tags: list[str] = field(default_factory=list)
+    log_adapter: bool = False
+    """Upload the adapter as an artifact, of every fold."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -32,12 +36,13 @@ class Wandb:
         if not self.project.strip():
             raise UserError("logger.project must not be empty")
 
-    def build(self, run_dir: Path, name: str, config: dict[str, Any]) -> list["Logger"]:
+    def build(self, run_dir: Path, name: str, config: dict[str, Any], group: str | None = None) -> list["Logger"]:
         """A logger whose local files lie in RUN/wandb; none if it is disabled.
 
         Args:
             name: of the run, if the settings give none.
             config: shown with the run.
+            group: of the runs of a sweep or suite; None is one for the folds of this run.
         Raises:
             UserError: not logged in, or no answer from the server within ten seconds.
         """
@@ -47,13 +52,13 @@ class Wandb:
         from lightning.pytorch.loggers import WandbLogger
 
         logger = WandbLogger(
-            name=self.name or name,
+            name=self.name or (name if group is None else f"{group}/{name}"),
             save_dir=run_dir,
             project=self.project,
             offline=self.mode == "offline",
             entity=self.entity,
             tags=list(self.tags),
-            group=self.name or name.partition("/")[0],  # the folds of one run side by side
+            group=group or self.name or name.partition("/")[0],  # the folds of one run side by side
             reinit="create_new",  # folds are separate runs of one process
             settings=wandb.Settings(init_timeout=10),
         )
@@ -65,3 +70,25 @@ class Wandb:
                 f"logger: no run at Weights & Biases: {reason}; log in by `wandb login`, or set logger.mode=offline"
             ) from error
         return [logger]
+
+    def publish(self, loggers: list["Logger"], found: "Findings") -> None:
+        """Add pictures and tables to the run, the same with their files as an artifact, the adapter as another."""
+        import wandb
+
+        for logger in loggers:
+            run = logger.experiment
+            media: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in found.pictures.items()}
+            for name, table in found.tables.items():
+                # numbers and texts in one column, such as a trial's values, are no mistake
+                media[f"tables/{name}"] = wandb.Table(table.columns, data=table.rows, allow_mixed_types=True)
+            if media:
+                run.log(media)
+            run.summary.update({f"results/{name}": value for name, value in found.numbers.items()})
+            results = wandb.Artifact(f"results-{run.id}", type="results")
+            for path in [*found.files, *found.pictures.values()]:
+                results.add_file(str(path), name=path.relative_to(found.folder).as_posix())
+            run.log_artifact(results)
+            if self.log_adapter and found.adapter is not None:
+                adapter = wandb.Artifact(f"adapter-{run.id}", type="model")
+                adapter.add_dir(str(found.adapter))
+                run.log_artifact(adapter)

@@ -96,7 +96,9 @@ class RayLauncher:
         try:
             import ray
         except ImportError as error:
-            raise UserError(MISSING) from error
+            raise UserError(
+                "sweep.launcher=ray needs Ray: pip install 'coeft[ray]', or set sweep.launcher=local"
+            ) from error
         # Ray writes about lost processes to standard output, which is for the path of the run directory
         self.undo.enter_context(contextlib.redirect_stdout(sys.stderr))
         if ray.is_initialized():
@@ -182,11 +184,13 @@ class RayLauncher:
         return done
 
     def _send(self, job: Any, attempts: int) -> None:
-        order = Order(
-            run=self.run, job=job, folder=self.folder, mark=self.mark, cwd=os.getcwd(), version=__version__
-        )
+        order = Order(run=self.run, job=job, folder=self.folder, mark=self.mark, cwd=os.getcwd(), version=__version__)
         task = self.ray.remote(_work).options(
-            num_cpus=self._cpus(job), num_gpus=self.gpus, max_retries=0, scheduling_strategy="SPREAD", name="coeft trial"
+            num_cpus=self._cpus(job),
+            num_gpus=self.gpus,
+            max_retries=0,
+            scheduling_strategy="SPREAD",
+            name="coeft trial",
         )
         self.running[task.remote(order)] = job, attempts
 
@@ -210,9 +214,6 @@ class RayLauncher:
                 self.ray.cancel(reference, force=True)
         self.running.clear()
         self.undo.close()
-
-
-MISSING = "sweep.launcher=ray needs Ray: install it by pip install 'coeft[ray]', or set sweep.launcher=local"
 
 
 def _reach(address: str) -> None:

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from coeft.config import TrainConfig, to_yaml
 from coeft.errors import UserError
+from coeft.loggers._findings import publish
 from coeft.run import read_json, shorten_home, write_json, write_text
 from coeft.sweep import plots
 from coeft.sweep.jobs import Job, run_job
@@ -379,6 +380,7 @@ class _Search:
                 "wall_s": round(time.monotonic() - self.started, 3),
             },
         )
+        publish(self.base, self.run_dir)
         print_trials(
             read_json(self.run_dir / "results.json"),
             [self._summary(trial) for trial in sorted(complete, key=self._rank)[:10]],

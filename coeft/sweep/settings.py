@@ -23,7 +23,8 @@ OBJECTIVES = {
     "wall_s": "min",
     "samples_per_s": "max",
 }
-_ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):[0-9]{1,5}")  # ray:// is not: there a program has no cluster's files
+# not ray://, which is for programs outside of the cluster, who do not see its files
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):[0-9]{1,5}")
 # values of the space -> the config of a trial, and its runs by name if it has several (empty: it is one run)
 Compose = Callable[[Mapping[str, Any]], tuple[TrainConfig, Mapping[str, TrainConfig]]]
 

@@ -12,9 +12,8 @@ import coeft
 CHECKOUT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("coeft", "cli") for path in (CHECKOUT / folder).rglob("*.py"))
 # packages that settings may not pull in: a config error must answer at once
-HEAVY = (
-    "torch torchvision numpy lightning timm transformers peft datasets sklearn matplotlib torchmetrics wandb PIL optuna ray"
-)
+HEAVY = "torch torchvision numpy lightning timm transformers peft datasets sklearn matplotlib torchmetrics"
+HEAVY += " wandb PIL optuna ray"
 # package -> the only places that may import it, late or not
 PLACES = {
     "hydra": ["cli/"],
