@@ -351,8 +351,7 @@ def _fit(
     bar = cfg.trainer.progress and sys.stderr.isatty()
     if bar:
         callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
-    loggers = [MetricsCSV(run_dir / "metrics.csv", fold=fold.index, metrics=task.scalars())]
-    loggers += boards.open(folder)
+    metrics = MetricsCSV(run_dir / "metrics.csv", fold=fold.index, metrics=task.scalars())
     trainer = make_trainer(
         cfg,
         folder,
@@ -360,7 +359,7 @@ def _fit(
         gradient_clip_val=cfg.trainer.clip_norm,
         limit_val_batches=None if fold.val is not None else 0,
         callbacks=callbacks,
-        logger=loggers,
+        logger=[metrics, *boards.open(folder)],
         log_every_n_steps=1,
         enable_checkpointing=True,
         enable_progress_bar=bar,

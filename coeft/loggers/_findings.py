@@ -147,7 +147,7 @@ class Boards:
     def _end(self, folder: Path, *, failed: bool = False) -> None:
         for logger in self.loggers.pop(folder, []):
             experiment = getattr(logger, "experiment", None)
-            if hasattr(experiment, "finish"):  # wandb: the next fold is a run of its own
+            if experiment is not None and hasattr(experiment, "finish"):  # wandb: the next fold is a run of its own
                 experiment.finish(**({"exit_code": 1} if failed else {}))
             else:
                 logger.finalize("failed" if failed else "success")

@@ -22,7 +22,7 @@ class TensorBoard:
 
         return [TensorBoardLogger(run_dir / "tensorboard", name=name, version="", default_hp_metric=False)]
 
-    def publish(self, loggers: list["Logger"], found: "Findings") -> None:
+    def publish(self, loggers: list[Any], found: "Findings") -> None:
         """Add pictures as images, tables as text and the final numbers as scalars."""
         import numpy as np
         from PIL import Image

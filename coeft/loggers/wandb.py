@@ -71,7 +71,7 @@ class Wandb:
             ) from error
         return [logger]
 
-    def publish(self, loggers: list["Logger"], found: "Findings") -> None:
+    def publish(self, loggers: list[Any], found: "Findings") -> None:
         """Add pictures and tables to the run, the same with their files as an artifact, the adapter as another."""
         import wandb
 
@@ -80,7 +80,7 @@ class Wandb:
             media: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in found.pictures.items()}
             for name, table in found.tables.items():
                 # numbers and texts in one column, such as a trial's values, are no mistake
-                media[f"tables/{name}"] = wandb.Table(table.columns, data=table.rows, allow_mixed_types=True)
+                media[f"tables/{name}"] = wandb.Table([*table.columns], data=table.rows, allow_mixed_types=True)
             if media:
                 run.log(media)
             run.summary.update({f"results/{name}": value for name, value in found.numbers.items()})
