@@ -1,8 +1,11 @@
 """Settings and search spaces of sweeps, sampling, pruning and the processes of jobs."""
 
+import fcntl
 import itertools
+import threading
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import optuna
 import pytest
@@ -235,3 +238,29 @@ def test_python_code_can_compose_its_own_trials() -> None:
     settings = Sweep(space={"seed": [1, 2]})
     entries = plan(base, settings, lambda values: (replace(base, seed=values["seed"]), {}))
     assert entries == {"seed": Choice((1, 2))}
+
+
+def test_a_trial_waits_for_a_process_that_still_trains_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coeft.sweep import jobs
+
+    def other() -> IO[str]:
+        """What another process holds; a lock belongs to the opened file."""
+        path.parent.mkdir(exist_ok=True)
+        file = path.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return file
+
+    path = tmp_path / ".locks" / "0003"
+    job: Any = SimpleNamespace(folder=tmp_path / "trials" / "0003")
+    file = other()
+    release = threading.Timer(0.4, file.close)
+    release.start()
+    with jobs._alone(job):
+        assert file.closed
+    release.join()
+    monkeypatch.setattr(jobs, "PATIENCE_S", 0.0)
+    with other(), pytest.raises(UserError, match="another process has trained in .*0003"):
+        with jobs._alone(job):
+            raise AssertionError
