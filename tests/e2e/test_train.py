@@ -230,9 +230,11 @@ def test_starting_from_an_adapter(tmp_path: Path) -> None:
 
 def test_tensorboard_and_offline_wandb(tmp_path: Path) -> None:
     trained(tmp_path / "tb", "logger=tensorboard", "cv.folds=2")
-    assert len(list((tmp_path / "tb" / "tensorboard").rglob("events.out.*"))) == 2
+    events = (tmp_path / "tb" / "tensorboard").rglob("events.out.*")
+    top = tmp_path / "tb" / "tensorboard" / "tb"
+    assert {path.parent for path in events} == {top, top / "fold_0", top / "fold_1"}
     trained(tmp_path / "wandb", "logger=wandb", "logger.mode=offline", "cv.folds=2")
-    assert len(list((tmp_path / "wandb" / "wandb").glob("offline-run-*"))) == 2
+    assert len(list((tmp_path / "wandb" / "wandb").glob("offline-run-*"))) == 3  # one for the figures over the folds
     trained(tmp_path / "disabled", "logger=wandb", "logger.mode=disabled")
     assert not (tmp_path / "disabled" / "wandb").exists()
 
