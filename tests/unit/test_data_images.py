@@ -434,7 +434,7 @@ def test_subsets_are_balanced_nested_and_follow_the_seed():
 
     with pytest.raises(UserError, match="data.n_train=1798 is more than the 1,797 samples of the train split; set it"):
         load(n_train=1798)
-    with pytest.raises(UserError, match="data.n_train=1700 is more than the 1,597 images"):
+    with pytest.raises(UserError, match="data.n_train=1700 is more than the 1,597 samples"):
         load(n_val=200, n_train=1700)
     with pytest.raises(UserError, match="data.n_val=1797 is more than the 1,796 images"):
         load(n_val=1797)

@@ -26,7 +26,7 @@ PLACES = {
     "wandb": ["coeft/loggers/"],
     "optuna": ["coeft/sweep/"],
     "scipy": ["coeft/report/statistics.py"],
-    "jinja2": ["coeft/report/page.py"],
+    "jinja2": ["coeft/report/page.py", "coeft/data/_chat.py"],
     "ray": ["coeft/sweep/cluster.py"],
 }
 # library files that the command line reads before it knows that the config is right
