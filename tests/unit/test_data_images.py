@@ -436,7 +436,7 @@ def test_subsets_are_balanced_nested_and_follow_the_seed():
         load(n_train=1798)
     with pytest.raises(UserError, match="data.n_train=1700 is more than the 1,597 samples"):
         load(n_val=200, n_train=1700)
-    with pytest.raises(UserError, match="data.n_val=1797 is more than the 1,796 images"):
+    with pytest.raises(UserError, match="data.n_val=1797 is more than the 1,796 samples"):
         load(n_val=1797)
 
 
