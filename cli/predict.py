@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.inputs and sys.stdin.isatty():
         raise UserError("predict: give an INPUT: an image, a folder, a table, a text, or - for standard input")
-    from coeft.predict import Wishes, predict
+    from coeft.predict import predict
 
     asked = {key: getattr(arguments, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
     asked = {key: value for key, value in asked.items() if value is not None}
@@ -37,6 +37,6 @@ def main(argv: list[str]) -> int:
         arguments.inputs or ["-"],
         Path(arguments.out).expanduser() if arguments.out else None,
         fold=arguments.fold,
-        wishes=Wishes(**asked) if asked else None,
+        wishes=asked,
     )
     return 0

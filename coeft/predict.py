@@ -2,8 +2,9 @@
 
 import csv
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def predict(
     out: Path | None = None,
     *,
     fold: int | None = None,
-    wishes: Wishes | None = None,
+    wishes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write input, prediction and the probability of each class as CSV to `out`, or to standard output.
 
@@ -40,7 +41,7 @@ def predict(
             .tsv, .jsonl) whose first column or "input" names images, or "-" for such names on standard input; for
             multiple choice, tables with the run's columns.
         fold: of a language model, which fold's.
-        wishes: of a language model, how the text is made.
+        wishes: of a language model, how the text is made: fields of coeft.answer.Wishes.
 
     Raises:
         UserError: no complete run, an input that is missing or cannot be used, or `out` exists.
@@ -51,9 +52,9 @@ def predict(
     if out is not None and out.expanduser().exists():
         raise UserError(f"--out: {out} exists; choose another file")
     if run.config.task.kind == "causal_lm":
-        answer(run, inputs, out.expanduser() if out else None, fold=fold, wishes=wishes or Wishes())
+        answer(run, inputs, out.expanduser() if out else None, fold=fold, wishes=Wishes(**wishes or {}))
         return
-    if fold is not None or wishes is not None:
+    if fold is not None or wishes:
         raise UserError("--fold, --max-new-tokens, --temperature, --top-p and --seed are for language models alone")
     set_threads(run.config)
     refit = (run.path / "adapter").is_dir()
