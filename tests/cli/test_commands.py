@@ -200,7 +200,7 @@ def test_the_other_commands_hand_over_what_was_typed(library: Any, capsys: Captu
     assert main(["resume", "~/runs/ü [1]=x"]) == 0 and resumed == [(home / "runs/ü [1]=x",)]
     predicted = library("predict", "predict")
     assert main(["predict", "RUN", "~/a b.png", "c=d.png", "--out", "~/x.csv", "e"]) == 0
-    assert predicted == [(Path("RUN"), [str(home / "a b.png"), "c=d.png", "e"], home / "x.csv", None, {})]
+    assert predicted == [(Path("RUN"), ["~/a b.png", "c=d.png", "e"], home / "x.csv", None, {})]
     assert main(["predict", "RUN", "a prompt", "--fold", "1", "--temperature", "0.5"]) == 0
     assert predicted[1:] == [(Path("RUN"), ["a prompt"], None, 1, {"temperature": 0.5})]
     exported = library("export", "export_adapter", Path("out"))
