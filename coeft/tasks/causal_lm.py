@@ -1,10 +1,10 @@
 """Supervised fine-tuning of a causal language model: next tokens of completions, of answers in chats, or of texts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from coeft.errors import UserError, near
+from coeft.tasks._settings import TaskSettings
 
 if TYPE_CHECKING:
     from coeft.data._part import Encoder
@@ -15,7 +15,7 @@ LOSS_ON = ("completion", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLM:
+class CausalLM(TaskSettings):
     """Settings of a run that trains a language model."""
 
     kind: str = "causal_lm"
@@ -32,6 +32,8 @@ class CausalLM:
     samples_per_epoch: int = 3
     """Prompts of the validation part that are answered after each epoch, into samples.jsonl; 0 is none."""
 
+    head: ClassVar[str] = "lm"
+
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise UserError(f"task.metric: no metric {self.metric!r}; {near(self.metric, METRICS)}")
@@ -47,21 +49,7 @@ class CausalLM:
         """What is learnt: the text itself."""
         return "text"
 
-    @property
-    def head(self) -> str:
-        """What the backbone ends in: its own output layer."""
-        return "lm"
-
-    def outputs(self, class_names: Sequence[str]) -> int:
-        """Width of the head: there is none."""
-        return 0
-
     def encoder(self, data: Any, backbone: Any) -> "Encoder":
-        """What turns the data's records into tokens.
-
-        Raises:
-            UserError: the tokenizer cannot do it, or the data names no column.
-        """
         from coeft.tasks._causal_lm import encoder
 
         return encoder(self, data, backbone)

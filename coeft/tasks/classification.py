@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coeft.errors import UserError, near
+from coeft.tasks._settings import TaskSettings
 
 if TYPE_CHECKING:
-    from coeft.data._part import Encoder
     from coeft.tasks._task import Task
 
 METRICS = ("accuracy", "balanced_accuracy", "f1", "loss", "macro_f1", "matthews", "top5")
@@ -15,7 +15,7 @@ SEVERAL = ("exact_match", "loss", "macro_f1", "mean_average_precision", "micro_f
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(TaskSettings):
     """Settings of a classification run."""
 
     kind: str = "classification"
@@ -41,17 +41,6 @@ class Classification:
     def target(self) -> str:
         """What the labels are: one class a sample, or several."""
         return "classes" if self.multi_label else "class"
-
-    @property
-    def head(self) -> str:
-        """What the backbone ends in."""
-        return "classifier"
-
-    def encoder(self, data: Any, backbone: Any) -> "Encoder":
-        """What turns text into the backbone's tokens."""
-        from coeft.data._text import column_encoder
-
-        return column_encoder(data, backbone, self.target)
 
     def outputs(self, class_names: Sequence[str]) -> int:
         """Width of the head.

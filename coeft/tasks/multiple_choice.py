@@ -1,10 +1,10 @@
 """Multiple choice with a causal language model: the choice of the highest length-normalised log-likelihood."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from coeft.errors import UserError, near
+from coeft.tasks._settings import TaskSettings
 
 if TYPE_CHECKING:
     from coeft.data._part import Encoder
@@ -15,7 +15,7 @@ NORMALISE = ("byte", "token")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultipleChoice:
+class MultipleChoice(TaskSettings):
     """Settings of a run on questions with choices. The right choice's text is learnt; all choices are scored."""
 
     kind: str = "multiple_choice"
@@ -28,6 +28,8 @@ class MultipleChoice:
     chat: bool = False
     """Ask by the tokenizer's chat template; false puts the choice after the question and a space."""
 
+    head: ClassVar[str] = "lm"
+
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise UserError(f"task.metric: no metric {self.metric!r}; {near(self.metric, METRICS)}")
@@ -39,21 +41,7 @@ class MultipleChoice:
         """What is learnt: which choice is right."""
         return "choice"
 
-    @property
-    def head(self) -> str:
-        """What the backbone ends in: its own output layer."""
-        return "lm"
-
-    def outputs(self, class_names: Sequence[str]) -> int:
-        """Width of the head: there is none."""
-        return 0
-
     def encoder(self, data: Any, backbone: Any) -> "Encoder":
-        """What turns the data's records into tokens.
-
-        Raises:
-            UserError: the tokenizer cannot do it.
-        """
         from coeft.tasks._multiple_choice import encoder
 
         return encoder(self, data, backbone)

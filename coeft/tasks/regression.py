@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coeft.errors import UserError, near
+from coeft.tasks._settings import TaskSettings
 
 if TYPE_CHECKING:
-    from coeft.data._part import Encoder
     from coeft.tasks._task import Task
 
 METRICS = ("loss", "mae", "mse", "pearson", "spearman")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regression:
+class Regression(TaskSettings):
     """Settings of a regression run.
 
     The head's output is scaled by the mean and the standard deviation of the training part's numbers, so that what the
@@ -34,17 +34,6 @@ class Regression:
     def target(self) -> str:
         """What the labels are: one number a sample."""
         return "number"
-
-    @property
-    def head(self) -> str:
-        """What the backbone ends in."""
-        return "classifier"
-
-    def encoder(self, data: Any, backbone: Any) -> "Encoder":
-        """What turns text into the backbone's tokens."""
-        from coeft.data._text import column_encoder
-
-        return column_encoder(data, backbone, self.target)
 
     def outputs(self, class_names: Sequence[str]) -> int:
         """Width of the head."""
