@@ -354,7 +354,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
     ("family", "implementation"),
     [
         ("vit", "eager"),
-        ("llama", "sdpa"),
+        pytest.param("llama", "sdpa", marks=pytest.mark.slow),
         pytest.param("bert", "sdpa", marks=pytest.mark.slow),
         pytest.param("llama", "eager", marks=pytest.mark.slow),
         pytest.param("gemma2", "eager", marks=pytest.mark.slow),
