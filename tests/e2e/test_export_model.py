@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_chat
 import tiny_hf
 import torch
+import transformers
 from safetensors.torch import load_file
 from small import DIGITS, coeft, results, trained
 from torch import Tensor, nn
@@ -284,6 +286,42 @@ def test_a_model_of_transformers_by_the_command(
     assert "heads of 2 attention layers: 3 -> 9\n" in capsys.readouterr().err
     config = json.loads((tmp_path / "expand" / "config.json").read_text())
     assert (config["num_attention_heads"], config["head_dim"], config["hidden_size"]) == (9, 8, 24)
+
+
+@torch.no_grad()
+def test_a_language_model_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, kept, expanded and as an adapter; the expanded one in a process in which coeft cannot be imported."""
+    base, data = tiny_chat.tiny_llama(tmp_path / "base"), tiny_chat.chats(tmp_path / "chats.jsonl")
+    options = ["data.messages=messages", "peft=[coeff,lora]", "peft.coeff.lr=0.3", "task.samples_per_epoch=0"]
+    options += ["optim.lr=1e-2", "trainer.max_epochs=4", f"data.path={data}", f"run_dir={tmp_path / 'run'}"]
+    with torch.enable_grad():
+        assert coeft("train", *tiny_chat.command(base), *options) == 0
+    opened = Run.open(tmp_path / "run")
+    built, _ = restore(opened.config, opened.adapter())
+    tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    wanted = built.backbone.model.eval()(input_ids=tokens).logits
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert (model(tokens).logits - wanted).abs().max() > 0.1
+    for way in ("keep", "expand"):
+        assert coeft("export", "model", tmp_path / "run", "--coeff", way, "--out", tmp_path / way) == 0
+    assert coeft("export", "adapter", tmp_path / "run", "--out", tmp_path / "adapter") == 0
+    close(library.load_adapter(model, tmp_path / "adapter")(tokens).logits, wanted)
+    kept = loaded(tmp_path / "keep", monkeypatch)
+    close(kept(tokens).logits, wanted)
+
+    torch.save([(str(tmp_path / "expand"), code_of(tmp_path / "expand"), tokens)], tmp_path / "jobs.pt")
+    line = [sys.executable, "-c", ALONE, str(tmp_path / "jobs.pt")]
+    process = subprocess.run(line, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    close(torch.load(tmp_path / "expand" / "logits.pt"), wanted)
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "expand")]
+    chat = [{"role": "user", "content": "What is water?"}]
+    shown = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for tokenizer in tokenizers]
+    assert shown[0] == shown[1]
+    prompt, expanded = torch.tensor([shown[0]]), loaded(tmp_path / "expand", monkeypatch)
+    answers = [one.generate(prompt, max_new_tokens=10, do_sample=False) for one in (kept, expanded)]  # with caches
+    assert torch.equal(*answers)
 
 
 @pytest.mark.slow
