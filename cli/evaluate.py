@@ -8,7 +8,7 @@ from coeft.errors import UserError
 from .arguments import Parser
 
 EPILOG = """\
-example:
+examples:
   coeft eval runs/quickstart/2026-01-31_12-00-00
   coeft eval RUN data=image_folder data.root=~/other_images
 """

@@ -20,7 +20,7 @@ COMMANDS = {
     "report": ("report", "main", "compare finished runs: one HTML file, or a table"),
     "list": ("catalogue", "list_main", "list recipes, backbones, methods, datasets or runs"),
     "show": ("catalogue", "show_main", "print a recipe or a method's card"),
-    "cache": ("cache", "main", "show or clear the cache of decoded images"),
+    "cache": ("cache", "main", "show or clear the cache of decoded images and tokens"),
     "copy": ("catalogue", "copy_main", "copy a recipe to a file of yours"),
 }
 

@@ -13,6 +13,7 @@ EPILOG = """\
 keys (KEY=VALUE, in any order):
   recipe=NAME or recipe=FILE.yaml     coeft list recipes
   backbone=NAME  data=NAME            coeft list backbones, coeft list datasets
+  task=NAME                           classification, multi_label, regression, causal_lm, multiple_choice
   peft=NAME, peft=[NAME,NAME]         coeft list methods; peft=none trains the head alone
   peft.lora.rank=4  optim.lr=1e-3     any setting of what was chosen; --cfg job shows them all
   cv.folds=5  seeds=[0,1,2]           cross-validation; the same run with several seeds
@@ -21,6 +22,8 @@ keys (KEY=VALUE, in any order):
 examples:
   coeft train recipe=quickstart peft=[coeff,lora] peft.lora.rank=4
   coeft train backbone=vit_base data=image_folder data.root=~/flowers peft=coeff
+  coeft train recipe=text/sentiment data.path=reviews.csv
+  coeft train recipe=llm/chat data.path=chats.jsonl
   coeft train --config-dir RUN --config-name config             repeats a run
   coeft train -m recipe=quickstart optim.lr=1e-3,1e-4           one run for each value
 

@@ -15,6 +15,7 @@ from coeft.backbones._backbone import Backbone, Preprocessing
 from coeft.config import TrainConfig, Trainer
 from coeft.data._images import ImageEncoder, resolve_preprocessing
 from coeft.data._part import Encoder, Part
+from coeft.data._settings import check_text
 from coeft.data._transforms import Augment, Normalize
 from coeft.errors import UserError
 from coeft.module import TuningModule
@@ -46,10 +47,16 @@ def build_backbone(cfg: TrainConfig) -> Backbone:
 
 
 def encoder(cfg: TrainConfig, backbone: Backbone) -> Encoder:
-    """What turns the samples of the data into the backbone's inputs."""
+    """What turns the samples of the data into the backbone's inputs.
+
+    Raises:
+        UserError: the data has nothing that the backbone takes, settings of images are given for text, or the backbone
+            came without a tokenizer.
+    """
     if backbone.modality == "image":
         assert backbone.preprocessing is not None
         return ImageEncoder(backbone.preprocessing)
+    check_text(cfg.data, backbone.name)
     if backbone.tokenizer is None:
         raise UserError(f"{backbone.name} comes without a tokenizer: add its files (tokenizer.json) to the folder")
     return cfg.task.encoder(cfg.data, backbone)

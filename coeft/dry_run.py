@@ -94,7 +94,9 @@ def _print_stack(built: Assembled, out: Any) -> None:
 
 
 def _print_data(summary: dict[str, Any], folds: list[Any], out: Any) -> None:
-    table = Table("split", "samples", "classes", title="data")
+    splits = [counts for counts in summary["splits"].values() if counts is not None]
+    labelled = any(counts["classes"] or counts.get("numbers") for counts in splits)
+    table = Table("split", "samples", *(["labels"] if labelled else []), title="data")
     for split, counts in summary["splits"].items():
         if counts is None:
             continue
@@ -103,7 +105,7 @@ def _print_data(summary: dict[str, Any], folds: list[Any], out: Any) -> None:
         more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
         if numbers := counts.get("numbers"):
             shown = "mean {mean:.4g}, sd {std:.4g}, {min:.4g} to {max:.4g}".format(**numbers)
-        table.add_row(split, f"{counts['samples']:,}", shown + more)
+        table.add_row(split, f"{counts['samples']:,}", *([shown + more] if labelled else []))
     out.print(table)
     for split, counts in summary["splits"].items():
         if counts and (tokens := counts.get("tokens")):

@@ -22,11 +22,11 @@ from coeft.train import mean_metrics, measure
 
 
 def evaluate(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure a run again: {"heldout": metrics or None, "test": metrics or None}, each the mean over its models.
+    """Measure a run again: {"heldout", "validation", "test"} with metrics or None, each the mean over its models.
 
     Without overrides these are the data of the run: every fold's held-out part with that fold's model, and the test
-    split. With data overrides, the models are measured on the test split of that data, or on all of it when it has
-    none; its classes must be among the run's.
+    split; the validation part where there is neither. With data overrides, the models are measured on the test split of
+    that data, or on all of it when it has none; its classes must be among the run's.
 
     Args:
         path: a run directory.
@@ -43,6 +43,7 @@ def evaluate(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(read_json(run.path / "environment.json")["threads"])
     set_threads(cfg)
     heldout: list[dict[str, Any]] = []
+    validation: list[dict[str, Any]] = []
     test: list[dict[str, Any]] = []
     other = any(key.split(".")[0] == "data" for key in overrides)
     data: Data | None = None
@@ -66,9 +67,10 @@ def evaluate(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         if part.test is not None:
             test.append(measure(cfg, built, part.test)[0])
         if part.heldout is None and part.test is None and part.val is not None:
-            heldout.append(measure(cfg, built, part.val)[0])
+            validation.append(measure(cfg, built, part.val)[0])
     results = {
         "heldout": mean_metrics(heldout) if heldout else None,
+        "validation": mean_metrics(validation) if validation else None,
         "test": mean_metrics(test) if test else None,
     }
     _print(cfg, results)
@@ -99,7 +101,7 @@ def _print(cfg: TrainConfig, results: Mapping[str, Mapping[str, Any] | None]) ->
     columns = [name for name, metrics in results.items() if metrics]
     table.add_column("metric")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("heldout", "held out"), justify="right")
     scores = [results[name] or {} for name in columns]
     for metric, value in (scores[0] if scores else {}).items():
         if isinstance(value, float):

@@ -126,7 +126,7 @@ class Reader:
         path = Path(_word(record, column)).expanduser()
         path = path if self.folder is None else self.folder / path
         if not path.is_file():
-            raise ValueError(f"no such image: {path}")
+            raise ValueError(f"no such image: {path} (column {column!r}; the backbone takes images)")
         return path
 
     def _label(self, record: Mapping[str, Any]) -> Any:

@@ -165,6 +165,24 @@ class RowData(ImageData):
         raise NotImplementedError
 
 
+IMAGE_SETTINGS = ("image_size", "resize", "interpolation", "mean", "std", "crop_pct", "augment")
+
+
+def check_text(settings: ImageData, backbone: str) -> None:
+    """Refuse data without text for a backbone that reads texts, and settings that only images have.
+
+    Raises:
+        UserError: either.
+    """
+    if "text" not in settings.modalities:
+        raise UserError(
+            f"data={settings.kind} has no text, but {backbone} reads texts: data=table or data=hub may have some"
+        )
+    given = [f"data.{key}" for key in IMAGE_SETTINGS if getattr(settings, key)]
+    if given:
+        raise UserError(f"{', '.join(given)}: of images, but {backbone} reads texts; leave out")
+
+
 def is_columns(value: object) -> bool:
     """Whether a setting names one column, or several."""
     if isinstance(value, str):

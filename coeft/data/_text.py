@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coeft.data._settings import RowData
+from coeft.data._settings import check_text
 from coeft.data._tokens import Padding, Record, TextEncoder, Tokens
 from coeft.errors import UserError
 
@@ -79,10 +79,7 @@ def column_encoder(data: Any, backbone: Any, target: str) -> "ColumnEncoder":
     Raises:
         UserError: the data has no text, the backbone no tokenizer, or data.max_length does not fit it.
     """
-    if not isinstance(data, RowData):
-        raise UserError(
-            f"data={data.kind} has no text, but the backbone takes it: data=table or data=hub may have some"
-        )
+    check_text(data, backbone.name)
     if backbone.tokenizer is None:
         raise UserError(f"{backbone.name} came without a tokenizer; its folder must hold tokenizer.json")
     return ColumnEncoder(

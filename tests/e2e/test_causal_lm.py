@@ -68,6 +68,7 @@ def test_adapters_of_language_models_have_no_head_and_load(run: Path, capsys: py
     assert coeft("eval", run) == 0
     shown = capsys.readouterr().err
     assert all(name in shown for name in ("exact_match", "perplexity", "token_accuracy"))
+    assert "validation" in shown and "held" not in shown  # it has no other data
 
 
 @pytest.mark.parametrize("form", ["prompt", "line", "table", "chats", "several"])
@@ -228,6 +229,23 @@ def test_a_model_without_a_template_says_what_to_do(
     moved.write_text("{% for message in messages %}")
     assert coeft("train", *line, f"data.chat_template={moved}") == 2
     assert "own.jinja, line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["data=digits"], "data=digits has no text"),
+        (["data.augment=[flip]", "data.image_size=32"], "data.image_size, data.augment: of images"),
+    ],
+)
+def test_images_and_their_settings_are_refused(
+    model: Path, data: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*command(model), f"data.path={data}", "data.messages=messages", "peft=coeff", "dry_run=true"]
+    if options[0].startswith("data="):
+        line = [word for word in line if not word.startswith("data")]
+    assert coeft("train", *line, *options) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_rows_that_teach_nothing_are_errors_or_left_out(
