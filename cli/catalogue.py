@@ -59,7 +59,7 @@ def list_main(argv: list[str]) -> int:
     if not rows:
         raise UserError(f"no {arguments.what} match {part!r}" if part else f"no {arguments.what}")
     write_rows(rows)
-    if arguments.what == "backbones":
+    if arguments.what == "backbones" and part:  # the whole list has a line of each
         print("any timm model: backbone=timm backbone.name=NAME", file=sys.stderr)
         print("any model of transformers: backbone=hf backbone.name=OWNER/NAME or a folder", file=sys.stderr)
     return 0

@@ -26,7 +26,7 @@ def print_folds(results: Mapping[str, Any], *, file: IO[str]) -> None:
     held = "held out" if several else "test"
     measured_on = "the held-out fold" if several else "the test split"
     if not results["folds"][0]["n_test"]:
-        measured_on = "validation (there is no test split)"
+        measured_on = "validation"
     table = Table(title=f"{results['recipe'] or 'train'}: {metric} on {measured_on}")
     for name in ("fold", metric, "best epoch", "train", "val", held):
         table.add_column(name, justify="right")
@@ -38,6 +38,8 @@ def print_folds(results: Mapping[str, Any], *, file: IO[str]) -> None:
         table.add_row("mean ± sd", spread(results["mean"], results["std"]))
     out = console(file)
     out.print(table)
+    if measured_on == "validation":
+        out.print("there is no test split")
     out.print(
         f"trained {results['trainable_params']:,} of {results['total_params']:,} parameters "
         f"({results['adapter_params']:,} without the head) in {results['wall_s']:.0f} s, "
