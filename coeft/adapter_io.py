@@ -212,9 +212,13 @@ def read_class_names(path: Path) -> list[str]:
 
 
 def outputs(manifest: Mapping[str, Any], class_names: list[str]) -> int:
-    """Width of the head that an adapter was trained with; 0 is none."""
-    count = manifest.get("outputs", len(class_names))
-    if not isinstance(count, int) or count < 0:
+    """Width of the head that an adapter was trained with; 0 is none. Older adapters say it by their class names alone.
+
+    Raises:
+        UserError: neither says it.
+    """
+    count = manifest.get("outputs", len(class_names) or None)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise UserError(f"coeft.json: 'outputs' must be a number of outputs, not {count!r}")
     return count
 

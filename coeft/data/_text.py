@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coeft.data._settings import check_text
 from coeft.data._tokens import Padding, Record, TextEncoder, Tokens
 from coeft.errors import UserError
 
@@ -77,11 +76,8 @@ def column_encoder(data: Any, backbone: Any, target: str) -> "ColumnEncoder":
     """The encoder of a backbone of text for data with columns.
 
     Raises:
-        UserError: the data has no text, the backbone no tokenizer, or data.max_length does not fit it.
+        UserError: the data names no column of text, or data.max_length does not fit the tokenizer.
     """
-    check_text(data, backbone.name)
-    if backbone.tokenizer is None:
-        raise UserError(f"{backbone.name} came without a tokenizer; its folder must hold tokenizer.json")
     return ColumnEncoder(
         backbone.tokenizer,
         list(data.fields("text", target)),

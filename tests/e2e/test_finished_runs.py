@@ -200,6 +200,7 @@ DAMAGE = {
     "truncated": (lambda a: _cut(a / "adapter_model.safetensors"), "not a readable safetensors file"),
     "no tensors": (lambda a: (a / "coeff" / "adapter_model.safetensors").unlink(), "no such file"),
     "no head": (lambda a: (a / "head.safetensors").unlink(), "no such file"),
+    "no head and no word of it": (lambda a: _headless(a), "'outputs' must be a number of outputs"),
     "other head": (lambda a: _head(a), "head.safetensors"),
     "alpha lacks": (lambda a: _drop(a / "coeff" / "adapter_model.safetensors"), "missing"),
     "alpha of another shape": (lambda a: _reshape(a / "coeff" / "adapter_model.safetensors"), r"\[4, 4\]"),
@@ -306,6 +307,13 @@ def _edit(path: Path, **changes: object) -> None:
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def _headless(adapter: Path) -> None:
+    (adapter / "head.safetensors").unlink()
+    manifest = json.loads((adapter / "coeft.json").read_text())
+    del manifest["outputs"]
+    (adapter / "coeft.json").write_text(json.dumps(manifest))
 
 
 def _head(adapter: Path) -> None:
