@@ -40,20 +40,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("resume")
 
 
-def killed_and_resumed(line: list[str], run_dir: Path, moments: list[float], *, plots: bool = False) -> int:
-    """Run a command, kill it and each resumed process after so many seconds, resume it to its end; kills that met it.
+def killed_and_resumed(line: list[str], run_dir: Path, moments: list[float], *, plots: bool = False) -> None:
+    """Run a command, kill it and each resumed process after so many seconds, and resume it to its end.
 
-    A process that is killed before there is a run is started again.
+    A process that is killed before there is a run is started again. Where the run is over before the first moment,
+    which was drawn from a time measured under other load, earlier moments are tried: every call kills a run.
     """
-    output, met = run_dir.with_name(f"{run_dir.name}.txt"), 0
+    while not _met(line, run_dir, moments, plots=plots):
+        shutil.rmtree(run_dir)
+        moments = [0.7 * seconds for seconds in moments]
+
+
+def _met(line: list[str], run_dir: Path, moments: list[float], *, plots: bool) -> bool:
+    """Whether a kill met the run, which is whole in the end."""
+    output, met = run_dir.with_name(f"{run_dir.name}.txt"), False
     for seconds in moments:
         begun = (run_dir / "config.yaml").is_file()
         child = start(["resume", run_dir] if begun else line, output, plots=plots)
         child.join(seconds)
-        met += child.exitcode is None
         if child.pid is not None and child.exitcode is None:
             os.kill(child.pid, signal.SIGKILL)
         child.join()
+        met = met or child.exitcode == -signal.SIGKILL
         if (run_dir / "results.json").is_file():
             return met
     begun = (run_dir / "config.yaml").is_file()
@@ -73,8 +81,7 @@ def test_a_run_killed_at_three_random_moments(folder: Path) -> None:
     rng = random.Random(MOMENTS)
     stopped = whole.parent / "stopped"
     moments = [takes * rng.uniform(0.2, 0.8) for _ in range(3)]
-    met = killed_and_resumed(["train", *TWO_FOLDS, f"run_dir={stopped}"], stopped, moments)
-    assert met, "no kill met the run"
+    killed_and_resumed(["train", *TWO_FOLDS, f"run_dir={stopped}"], stopped, moments)
     assert not differing(content(whole), content(stopped))
 
 
@@ -88,19 +95,18 @@ def test_a_run_of_five_folds_killed_at_25_random_moments(folder: Path) -> None:
     assert run(["train", *FIVE_FOLDS, f"run_dir={whole}2"], folder / "many" / "whole.txt", plots=True) == 0
     takes = time.monotonic() - began
     expected, rng = content(whole), random.Random(MOMENTS)
-    unequal, met = [], 0
+    unequal = []
     for number in range(25):
         stopped = folder / "many" / f"run_{number}"
         moments = [rng.uniform(0, takes)]
         if number % 8 == 0:
             moments += [takes * rng.uniform(0.2, 0.5) for _ in range(4)]
         line = ["train", *FIVE_FOLDS, f"run_dir={stopped}"]
-        met += bool(killed_and_resumed(line, stopped, moments, plots=True))
+        killed_and_resumed(line, stopped, moments, plots=True)
         if wrong := differing(expected, content(stopped)):
             unequal.append((moments, wrong))
         shutil.rmtree(stopped)
     assert not unequal
-    assert met >= 20, f"only {met} of 25 kills met the run"
 
 
 def _resumed_from_snapshots(line: list[str], folder: Path) -> tuple[int, list[str]]:
