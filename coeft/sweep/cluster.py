@@ -114,10 +114,12 @@ class RayLauncher:
         self.undo.callback(ray.shutdown)
         try:
             ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            if address is None:
-                raise
+        except Exception as error:  # Ray raises Exception itself where a part of it does not start in time
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            if address is None:
+                raise UserError(
+                    f"sweep.launcher=ray: Ray does not start here: {reason}. Try again, or set sweep.launcher=local"
+                ) from error
             raise UserError(f"sweep.address: no Ray cluster at {address}: {reason}") from error
         finally:
             for number, handler in before.items():  # Ray's own would exit without a word

@@ -63,7 +63,7 @@ def assert_same(run: Path, whole: Path, count: int) -> None:
 def test_a_node_killed_in_the_middle_loses_no_trial(tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
-    grid = [*GRID, "data.n_train=120", "trainer.max_epochs=16", "sweep.space.optim.lr=[1e-3,3e-3,1e-2,3e-2]"]
+    grid = [*GRID, "data.n_train=120", "trainer.max_epochs=48", "sweep.space.optim.lr=[1e-3,3e-3,1e-2,3e-2]"]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         second = cluster.add_node(num_cpus=1)

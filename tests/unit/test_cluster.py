@@ -116,6 +116,18 @@ def test_a_missing_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monke
         RayLauncher(1, walks, tmp_path, address="auto", gpus=None, cpus=lambda job: 1)
 
 
+def test_a_ray_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def init(**options: Any) -> None:
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=r"does not start here: The current node timed out.*sweep.launcher=local"):
+        RayLauncher(1, walks, tmp_path, address=None, gpus=None, cpus=lambda job: 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
