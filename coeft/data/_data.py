@@ -133,7 +133,7 @@ def load_data(
 
     Args:
         settings: one of the data kinds.
-        seed: of the subsets that n_train, n_val, n_test and fraction ask for.
+        seed: of the subsets that n_train, n_val, n_test, fraction and shots ask for.
         encoder: what the backbone takes.
         target: what the task learns: class, classes, number, text or choice.
         group: column whose values the parts' `groups` hold; null is none.
@@ -265,12 +265,12 @@ def make_part(split: Split, encoded: Encoded) -> Part:
 
 
 def draw(settings: ImageData, source: Source, seed: int) -> tuple[dict[str, Split | None], list[str]]:
-    """Subsets of a source as n_train, n_val, n_test and fraction ask for, and warnings.
+    """Subsets of a source as n_train, n_val, n_test, fraction and shots ask for, and warnings.
 
     A smaller number gives a subset of what a larger one gives. The samples keep the source's order.
 
     Raises:
-        UserError: a number is more than there are.
+        UserError: a number is more than there are, or shots are asked for where samples have no single class.
     """
     warnings = list(source.warnings)
     splits = dict(source.splits)
@@ -299,6 +299,10 @@ def draw(settings: ImageData, source: Source, seed: int) -> tuple[dict[str, Spli
         count = max(1, round(settings.fraction * len(rest)))
         chosen = proportional(labels, num_classes, derive(seed, "subset", "train"))[:count]
         rest = rest[np.sort(chosen)]
+    elif settings.shots is not None:
+        _enough_of_each(settings.shots, source, labels, num_classes)
+        rank = _ranks(labels, num_classes, derive(seed, "subset", "train"))[0]
+        rest = rest[rank < settings.shots]
     if len(rest) < len(source.train):
         splits["train"] = source.train.subset(rest)
     return splits, warnings
@@ -308,6 +312,24 @@ def _enough(key: str, count: int, available: int, where: str) -> None:
     if count > available:
         raise UserError(
             f"{key}={count} is more than the {available:,} samples of {where}; set it to {available} or less"
+        )
+
+
+def _enough_of_each(shots: int, source: Source, labels: np.ndarray, num_classes: int) -> None:
+    """Refuse more shots than a class has samples, and samples without a class of their own."""
+    if num_classes != len(source.class_names) or source.train.labels.ndim != 1:
+        raise UserError(
+            f"data.shots={shots} draws samples of each class, but these have no single class to learn; "
+            "data.n_train draws a number of them"
+        )
+    sizes = np.bincount(labels, minlength=num_classes)
+    few = np.flatnonzero(sizes < shots)
+    if len(few):
+        named = [f"{source.class_names[place]} has {sizes[place]}" for place in few[:EXAMPLES]]
+        more = f" and {len(few) - EXAMPLES} more classes" if len(few) > EXAMPLES else ""
+        raise UserError(
+            f"data.shots={shots} is more than some classes have to train on: {', '.join(named)}{more}; "
+            + (f"set it to {sizes.min()} or less" if sizes.min() else "leave these classes out of the data")
         )
 
 

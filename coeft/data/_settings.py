@@ -34,6 +34,8 @@ class ImageData:
     """The same for the test part; taken out of the training part if the data has no test split."""
     fraction: float | None = None
     """Share of the training part, in (0, 1], that keeps its class proportions; null is all."""
+    shots: int | None = None
+    """Samples of each class in the training part, drawn from the seed; null is all."""
     batch_size: int = 64
     """Samples per optimizer step, over all devices."""
     num_workers: int = 0
@@ -58,14 +60,15 @@ class ImageData:
         for key in self.splits:
             if key not in PARTS:
                 raise UserError(f"data.splits has no key {key!r}; {near(str(key), PARTS)}")
-        for key in ("n_train", "n_val", "n_test", "image_size"):
+        for key in ("n_train", "n_val", "n_test", "shots", "image_size"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be 1 or more, or null, not {value}")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise UserError(f"data.fraction must be in (0, 1], or null, not {self.fraction}")
-        if self.fraction is not None and self.n_train is not None:
-            raise UserError("data.fraction and data.n_train both choose the training images; set one of them to null")
+        given = [f"data.{key}" for key in ("n_train", "fraction", "shots") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} choose the training samples; set all but one to null")
         if self.batch_size < 1:
             raise UserError(f"data.batch_size must be 1 or more, not {self.batch_size}")
         if self.num_workers < 0:

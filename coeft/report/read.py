@@ -266,7 +266,8 @@ def group(records: Iterable[Record]) -> list[Setting]:
 
 def _drawn(config: TrainConfig) -> bool:
     """Whether the seed decides which samples are used, so that runs with other seeds have other data."""
-    return any(getattr(config.data, key, None) is not None for key in ("n_train", "n_val", "n_test", "fraction"))
+    drawn = ("n_train", "n_val", "n_test", "fraction", "shots")
+    return any(getattr(config.data, key, None) is not None for key in drawn)
 
 
 def _identity(config: TrainConfig) -> str:

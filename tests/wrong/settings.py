@@ -127,7 +127,7 @@ TYPED = [
     train("smoothing of everything", ["task.label_smoothing=1"], "label_smoothing must be in [0, 1)"),
     train("a metric for several labels", ["task=multi_label", "task.metric=accuracy"], "multi_label", "no metric"),
     train("a fraction of nothing", ["data.n_train=null", "data.fraction=0"], "data.fraction must be in (0, 1]"),
-    train("a fraction and a number", ["data.fraction=0.5"], "data.fraction and data.n_train", "set one"),
+    train("a fraction and a number", ["data.fraction=0.5"], "data.n_train and data.fraction", "set all but one"),
     train("more samples than there are", ["data.n_train=100000"], "data.n_train", "100000"),
     train("more samples for tests than there are", ["data.n_test=100000"], "data.n_test", "100000"),
     train("patience without validation", ["trainer.patience=1", "cv.val_fraction=0"], "patience needs validation"),
