@@ -10,30 +10,58 @@ from coeft.data.vtab import VTAB
 from coeft.errors import UserError, near
 from coeft.seeding import derive
 
-ALIASES = {"cifar100": "cifar", "cifar": "cifar100"}  # task -> another name that its folder may have
+# task -> the short name that its folder has in the common copies
+SHORT = {
+    "cifar100": "cifar",
+    "clevr_distance": "clevr_dist",
+    "dsprites_location": "dsprites_loc",
+    "dsprites_orientation": "dsprites_ori",
+    "smallnorb_azimuth": "smallnorb_azi",
+    "smallnorb_elevation": "smallnorb_ele",
+}
+ALIASES = SHORT | {short: task for task, short in SHORT.items()}
+LENGTHS = {"train800": 800, "val200": 200, "train800val200": 1000}  # list -> images that it names
 LARGEST = 99_999  # label; every number up to the largest is a class
 PROBLEMS = 10  # wrong lines that one message names
 
 
-def from_folder(root: str, task: str, chosen: dict[str, str | None]) -> Source:
-    """A task in the folder format. Its classes are 0 .. the largest label in the lists that are used.
+def from_folder(settings: VTAB, task: str, chosen: dict[str, str | None]) -> Source:
+    """A task in the folder format. Its classes are 0 .. num_classes - 1, else 0 .. the largest label in the lists used.
 
     Raises:
-        UserError: a folder, list or image is missing, or a line is wrong.
+        UserError: a folder, list or image is missing, a line is wrong, or a label is beyond the task's classes.
     """
-    folder = _task_folder(existing_folder(Path(root).expanduser(), "data.root"), task, chosen)
+    assert settings.root is not None
+    folder = _task_folder(existing_folder(Path(settings.root).expanduser(), "data.root"), task, chosen)
+    count = settings.num_classes
     problems: list[str] = []
     splits: dict[str, Split | None] = {}
     for part, name in chosen.items():
-        splits[part] = None if name is None else _read_list(folder, name, problems)
+        splits[part] = None if name is None else _read_list(folder, name, count, problems)
     if problems:
         more = [f"and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
         raise UserError("\n".join([*problems[:PROBLEMS], *more]))
     highest = max(int(split.labels.max()) for split in splits.values() if split is not None)
     train = splits["train"]
     assert train is not None
-    class_names = [str(label) for label in range(highest + 1)]
-    return Source(train=train, val=splits["val"], test=splits["test"], class_names=class_names)
+    class_names = [str(label) for label in range(count or highest + 1)]
+    lengths = {name: len(split) for name, split in zip(chosen.values(), splits.values(), strict=True) if name and split}
+    warnings = _other_lengths(lengths, settings.num_test, f"{folder}: ")
+    if count is not None and highest < count - 1:
+        warnings.append(
+            f"{folder}: the lists have labels up to {highest}, but {task} has {count} classes; is this its folder?"
+        )
+    return Source(train=train, val=splits["val"], test=splits["test"], class_names=class_names, warnings=warnings)
+
+
+def _other_lengths(lengths: dict[str, int], num_test: int | None, where: str) -> list[str]:
+    """Warnings about lists that do not have VTAB-1k's numbers of images."""
+    official = LENGTHS | ({} if num_test is None else {"test": num_test})
+    return [
+        f"{where}{name} has {length:,} images, VTAB-1k's has {official[name]:,}: the numbers are not comparable"
+        for name, length in lengths.items()
+        if name in official and length != official[name]
+    ]
 
 
 def _task_folder(root: Path, task: str, chosen: dict[str, str | None]) -> Path:
@@ -51,7 +79,7 @@ def _task_folder(root: Path, task: str, chosen: dict[str, str | None]) -> Path:
     )
 
 
-def _read_list(folder: Path, name: str, problems: list[str]) -> Split:
+def _read_list(folder: Path, name: str, num_classes: int | None, problems: list[str]) -> Split:
     file = folder / f"{name}.txt"
     if not file.is_file():
         lists = [path.stem for path in visible(folder) if path.suffix == ".txt"]
@@ -73,6 +101,11 @@ def _read_list(folder: Path, name: str, problems: list[str]) -> Split:
             problems.append(f"{file}, row {row}: label {label[0]!r} is not an integer from 0")
         elif len(label[0]) > len(str(LARGEST)) or int(label[0]) > LARGEST:
             problems.append(f"{file}, row {row}: label {label[0][:20]} is more than {LARGEST:,}; labels count classes")
+        elif num_classes is not None and int(label[0]) >= num_classes:
+            problems.append(
+                f"{file}, row {row}: label {label[0]}, but the task has {num_classes} classes (data.num_classes), "
+                f"labels 0 to {num_classes - 1}"
+            )
         elif not (folder / path).is_file():
             problems.append(f"{file}, row {row}: no image {folder / path}")
         else:
@@ -125,6 +158,11 @@ def from_hub(settings: VTAB, task: str, chosen: dict[str, str | None], seed: int
     )
     pool = splits["train"]
     assert pool is not None
+    if settings.num_classes is not None and len(classes) != settings.num_classes:
+        raise UserError(
+            f"{settings.hub_name} has {len(classes)} classes, but VTAB-1k's task {task} has {settings.num_classes} "
+            "(data.num_classes): it is not its parent data set; give another data.hub_name, or a local copy: " + folder
+        )
     if len(pool) < 1000:
         raise UserError(f"{settings.hub_name} has {len(pool)} training images; VTAB-1k takes 1,000")
     order = balanced(pool.labels, len(classes), derive(seed, "vtab", task))[:1000]
@@ -141,4 +179,6 @@ def from_hub(settings: VTAB, task: str, chosen: dict[str, str | None], seed: int
         f"{task}: 800 + 200 training images drawn from {settings.hub_name} with seed {seed}, class-balanced; "
         "this is not the official VTAB-1k split, so numbers are not comparable with published ones"
     )
-    return Source(train=train, val=made["val"], test=made["test"], class_names=classes, warnings=[warning])
+    test = {"test": len(made["test"])} if made["test"] is not None else {}
+    warnings = [warning, *_other_lengths(test, settings.num_test, f"{settings.hub_name}: ")]
+    return Source(train=train, val=made["val"], test=made["test"], class_names=classes, warnings=warnings)

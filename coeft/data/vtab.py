@@ -34,7 +34,11 @@ class VTAB(ImageData):
     )
     """train, val, test -> list file without .txt: train800, val200, train800val200 or test."""
     name: str = MISSING
-    """Task: the name of its folder, such as cifar100 (the folder may also be called cifar)."""
+    """Task: the name of its folder, such as cifar100; the folder may also have the short name in use, such as cifar."""
+    num_classes: int | None = None
+    """Classes that the task has: labels are 0 to one less. null takes the largest label in the lists."""
+    num_test: int | None = None
+    """Images that the task's test set has; another number is told. null is not checked."""
     root: str | None = None
     """Folder of the tasks, or of this task; null reads hub_name."""
     hub_name: str | None = None
@@ -46,6 +50,10 @@ class VTAB(ImageData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for key in ("num_classes", "num_test"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"data.{key} must be 1 or more, or null, not {value}")
         if set(self.hub_splits) != {"train", "test"}:
             raise UserError(f"data.hub_splits must name train and test, not {', '.join(self.hub_splits) or 'nothing'}")
 
@@ -66,5 +74,5 @@ class VTAB(ImageData):
                 "with train=train800val200, set data.splits.val=null"
             )
         if self.root is not None:
-            return from_folder(self.root, name, chosen)
+            return from_folder(self, name, chosen)
         return from_hub(self, name, chosen, seed)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -385,6 +386,39 @@ def test_vtab_mistakes(vtab):
         load()
 
 
+def test_vtab_classes_and_lengths_are_those_of_the_task(vtab):
+    def load(**fields):
+        return VTAB(name="cifar100", root=str(vtab), **fields).load(0)
+
+    loose, pinned = load(), load(num_classes=3, num_test=3)
+    assert pinned.class_names == loose.class_names == ["0", "1", "2"]
+    assert [text.partition(": ")[2] for text in pinned.warnings] == [
+        "train800 has 6 images, VTAB-1k's has 800: the numbers are not comparable",
+        "val200 has 3 images, VTAB-1k's has 200: the numbers are not comparable",
+    ]
+    assert "test has 3 images, VTAB-1k's has 10,000" in load(num_test=10_000).warnings[-1]
+    more = load(num_classes=5)
+    assert more.class_names == list("01234")
+    assert "labels up to 2, but cifar100 has 5 classes; is this its folder?" in more.warnings[-1]
+    with pytest.raises(UserError) as caught:
+        load(num_classes=2)
+    first, *rest = str(caught.value).splitlines()
+    assert first == (
+        f"{vtab}/cifar/train800.txt, row 3: label 2, but the task has 2 classes (data.num_classes), labels 0 to 1"
+    )
+    assert len(rest) == 3
+    with pytest.raises(UserError, match="data.num_classes must be 1 or more, or null, not 0"):
+        VTAB(num_classes=0)
+
+
+@pytest.mark.parametrize("task", ["clevr_distance", "dsprites_location", "dsprites_orientation", "smallnorb_azimuth"])
+def test_vtab_folders_have_the_short_names_in_use(vtab, task):
+    short = {"clevr_distance": "clevr_dist", "smallnorb_azimuth": "smallnorb_azi"}.get(task, task[:12])
+    (vtab / "cifar").rename(vtab / short)
+    assert len(VTAB(name=task, root=str(vtab)).load(0).train) == 6
+    assert len(VTAB(name=short, root=str(vtab)).load(0).train) == 6
+
+
 def test_vtab_from_a_parent_data_set_says_that_the_split_is_not_official(tmp_path, preprocessing):
     import datasets
 
@@ -401,7 +435,11 @@ def test_vtab_from_a_parent_data_set_says_that_the_split_is_not_official(tmp_pat
     assert np.bincount(source.train.labels).tolist() == [200] * 4
     assert np.bincount(source.val.labels).tolist() == [50] * 4 and len(source.test) == 12
     assert not set(source.train.names) & set(source.val.names)
-    assert "not the official VTAB-1k split" in source.warnings[0]
+    assert "not the official VTAB-1k split" in source.warnings[0] and len(source.warnings) == 1
+    exact = replace(settings, num_classes=4, num_test=13)
+    assert exact.load(3).warnings[1].endswith("test has 12 images, VTAB-1k's has 13: the numbers are not comparable")
+    with pytest.raises(UserError, match=r"has 4 classes, but VTAB-1k's task cifar100 has 100 \(data.num_classes\)"):
+        replace(settings, num_classes=100).load(3)
     assert settings.load(3).train.names == source.train.names != settings.load(4).train.names
     both = VTAB(
         name="cifar100", hub_name=str(tmp_path / "d"), hub_columns=columns, splits={"train": "train800val200"}
