@@ -140,16 +140,19 @@ def _compose_line(line: list[str], source: _Source) -> Composition:
     allowed = permissions(line)  # of what is typed: a suite's overrides come from a file
     base = _compose_one(line, source, allowed)
     suite, seeds = base.config.suite, base.config.seeds
+    groups = base.config.suite_groups
+    if groups and not suite:
+        raise UserError("suite_groups: there is no suite whose runs could be in groups; set suite_groups={}")
     if not suite and not seeds:
         return Composition(config=base.config)
-    bare = [text for text in line if _head(text) not in ("suite", "seeds", "run_dir")]
+    bare = [text for text in line if _head(text) not in ("suite", "suite_groups", "seeds", "run_dir")]
     members: dict[str, TrainConfig] = {}
     wrong: list[str] = []
     failed: list[str] = []
     outside = dict(base.outside)
     for name, own in suite.items():
         for text in own:
-            if _head(text) in ("suite", "seeds"):
+            if _head(text) in ("suite", "suite_groups", "seeds"):
                 wrong.append(f"suite.{name}: {text}: a suite cannot stand inside a suite")
             if _head(text) in ("recipe", "run_dir", "dry_run"):
                 wrong.append(f"suite.{name}: {text}: a member shares the {_head(text)} of its suite")
@@ -166,6 +169,7 @@ def _compose_line(line: list[str], source: _Source) -> Composition:
         else:
             members[name] = one.config
             outside = {key: text for key, text in outside.items() if key in one.outside}
+    wrong += _wrong_groups(groups, suite, members)
     if wrong or failed:
         raise UserError("\n".join(dict.fromkeys([*wrong, *failed])))
     if suite and outside:
@@ -194,6 +198,29 @@ def _compose_line(line: list[str], source: _Source) -> Composition:
             )
         seen[text] = name
     return Composition(config=config, members=members)
+
+
+def _wrong_groups(
+    groups: Mapping[str, list[str]], suite: Mapping[str, list[str]], members: Mapping[str, TrainConfig]
+) -> list[str]:
+    """What is wrong with the groups of a suite."""
+    wrong: list[str] = []
+    group_of: dict[str, str] = {}
+    for group, names in groups.items():
+        if not names:
+            wrong.append(f"suite_groups.{group}: name the runs whose mean is to be told")
+        for name in names:
+            if name not in suite:
+                wrong.append(f"suite_groups.{group}: the suite has no run {name!r}; {near(name, suite)}")
+            elif name in group_of:
+                both = "twice" if group_of[name] == group else f"in {group_of[name]} too"
+                wrong.append(f"suite_groups.{group}: {name} stands {both}; a run is in one group")
+            group_of.setdefault(name, group)
+    metrics = {str(members[name].task.metric): name for name in reversed(group_of) if name in members}
+    if len(metrics) > 1:
+        told = ", ".join(f"{metric} ({name})" for metric, name in metrics.items())
+        wrong.append(f"suite_groups: a mean over runs takes one metric, but theirs are {told}; set task.metric")
+    return wrong
 
 
 # what a run directory holds besides its members
@@ -260,7 +287,7 @@ def _compose_one(line: list[str], source: _Source, allowed: Allowed, suite_of: s
     plain = {str(key): value for key, value in tree.items()}
     is_suite = suite_of is not None or bool(plain.get("suite"))
     if suite_of is not None:
-        plain |= {"suite": {}, "seeds": [], "run_dir": None}
+        plain |= {"suite": {}, "suite_groups": {}, "seeds": [], "run_dir": None}
 
     def locate(key: str) -> str:
         if any(key == other or other.startswith(f"{key}.") for other in typed.keys):
@@ -298,7 +325,7 @@ def _set(config: DictConfig, values: list[tuple[str, Any]]) -> list[str]:
     for key, value in values:
         try:
             # suite={...} replaces the recipe's, other mappings change the keys that they name
-            OmegaConf.update(config, key, value, merge=key != "suite", force_add=True)
+            OmegaConf.update(config, key, value, merge=key not in ("suite", "suite_groups"), force_add=True)
         except OmegaConfBaseException:
             wrong.append(f"{key}: {key.rpartition('.')[0]} has no keys of its own")
     return wrong

@@ -6,7 +6,9 @@ says depends on what is typed: settings for a group whose option is replaced on 
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ GROUPS = (*FOLDERS, "trainer")
 Pick = str | list[str] | None
 
 
-def root_picks() -> dict[str, Pick]:
+@cache
+def root_picks() -> Mapping[str, Pick]:
     """The options that conf/train.yaml picks: group -> name or list of names."""
     return _picks(read_yaml(CONF / "train.yaml")["defaults"])
 

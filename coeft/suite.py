@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -90,6 +90,44 @@ def over_seeds(members: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
     return found
 
 
+def over_groups(
+    members: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]], seeds: Sequence[int] = ()
+) -> dict[str, dict[str, Any]]:
+    """Means of a suite's runs by group, and the mean of these means.
+
+    With several seeds each seed has a mean of its own; the mean and the sample standard deviation are those over the
+    seeds. A mean over something without a value is None.
+
+    Args:
+        members: name -> what the run came to; with seeds, NAME-seed_SEED.
+        groups: name -> names of runs, without their seeds.
+    Returns:
+        groups: name -> metric, mean, std and runs; over_groups: metric, mean, std and groups.
+    """
+    endings = [f"-seed_{seed}" for seed in seeds] or [""]
+    metrics = {members[name + ending]["metric"] for names in groups.values() for name in names for ending in endings}
+    metric = metrics.pop() if len(metrics) == 1 else None
+    found = {}
+    table: list[list[float | None]] = []  # a row for each group, a column for each seed
+    for group, names in groups.items():
+        table.append([_mean([members[name + ending]["mean"] for name in names]) for ending in endings])
+        found[group] = {"metric": metric, **_spread(table[-1]), "runs": list(names)}
+    means = [_mean(column) for column in zip(*table, strict=True)]
+    return {"groups": found, "over_groups": {"metric": metric, **_spread(means), "groups": len(found)}}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and sample standard deviation over seeds; the deviation of a single one is None."""
+    known = [value for value in values if value is not None]
+    whole = len(known) == len(values)
+    return {"mean": mean(known) if whole else None, "std": stdev(known) if whole and len(known) > 1 else None}
+
+
 def _run_members(cfg: TrainConfig, run_dir: Path, watch: training.Watch | None, allowed: Allowed) -> Path:
     started = time.monotonic()
     configs = {path.stem.split("_", 1)[1]: path for path in sorted((run_dir / MEMBERS).glob("*.yaml"))}
@@ -112,6 +150,7 @@ def _run_members(cfg: TrainConfig, run_dir: Path, watch: training.Watch | None, 
         "status": "completed",
         "members": members,
         **({"over_seeds": over_seeds(members)} if cfg.seeds else {}),
+        **(over_groups(members, cfg.suite_groups, cfg.seeds) if cfg.suite_groups else {}),
         "wall_s": round(time.monotonic() - started, 3),
     }
     with told(cfg, run_dir, "suite"):

@@ -67,14 +67,22 @@ def print_suite(results: Mapping[str, Any], *, file: IO[str]) -> None:
         )
     out = console(file)
     out.print(table)
-    if groups := results.get("over_seeds"):
+    if repeated := results.get("over_seeds"):
         summary = Table(title="over the seeds")
         summary.add_column("run")
         for name in ("mean ± sd", "seeds"):
             summary.add_column(name, justify="right")
-        for name, group in groups.items():
+        for name, group in repeated.items():
             summary.add_row(name, spread(group["mean"], group["std"]), str(group["seeds"]))
         out.print(summary)
+    if groups := results.get("groups"):
+        over = results["over_groups"]
+        table = Table(title=f"{results['recipe'] or 'suite'}: mean {over['metric']} by group")
+        for name, group in groups.items():
+            table.add_column(f"{name} ({len(group['runs'])})", justify="right")
+        table.add_column(f"mean of the {over['groups']}", justify="right")
+        table.add_row(*(spread(column["mean"], column["std"]) for column in (*groups.values(), over)))
+        out.print(table)
 
 
 def print_trials(

@@ -75,6 +75,9 @@ class Findings:
                 tables["folds"] = Table.of(values["folds"])
             if "members" in values:
                 tables["members"] = Table.of([{"run": name, **row} for name, row in values["members"].items()])
+            if "groups" in values:
+                rows = [*values["groups"].items(), ("mean of the groups", values["over_groups"])]
+                tables["groups"] = Table.of([{"group": name, **row} for name, row in rows])
         elif (folder / "fold.json").is_file():
             fold = json.loads((folder / "fold.json").read_text(encoding="utf-8"))
             tables["folds"] = Table.of([fold["row"]])

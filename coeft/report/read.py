@@ -272,7 +272,7 @@ def _drawn(config: TrainConfig) -> bool:
 
 def _identity(config: TrainConfig) -> str:
     """The settings without the seed, and without what does not decide numbers."""
-    tree = to_dict(replace(config, seed=0, seeds=[], suite={}, run_dir=None, recipe=None, dry_run=False))
+    tree = to_dict(replace(config, seed=0, seeds=[], suite={}, suite_groups={}, run_dir=None, recipe=None, dry_run=False))
     tree.pop("logger")
     tree["trainer"].pop("progress")
     return json.dumps(tree, sort_keys=True, default=str)
@@ -300,7 +300,7 @@ def _text(value: Any) -> str:
 
 
 def _plain(setting: Setting) -> dict[str, Any]:
-    tree = to_dict(replace(setting.config, run_dir=None, suite={}, seeds=[], seed=0))
+    tree = to_dict(replace(setting.config, run_dir=None, suite={}, suite_groups={}, seeds=[], seed=0))
     seeds = [record.config.seed for record in setting.records]
     return {"stack": setting.stack, **tree, "seed": seeds if len(seeds) > 1 else seeds[0]}
 

@@ -41,6 +41,7 @@ Compose = Callable[[Mapping[str, Any]], tuple[TrainConfig, Mapping[str, TrainCon
 _FIXED = {
     "recipe": "choose one by recipe=NAME",
     "suite": "a suite is not one run",
+    "suite_groups": "a suite is not one run",
     "seeds": "several seeds a trial by sweep.seeds=[0,1,2]",
     "run_dir": "the trials stand in RUN/trials/",
     "dry_run": "type it",

@@ -458,6 +458,40 @@ def test_seeds_alone_are_a_suite() -> None:
     assert found.members["seed_1"].peft == one("recipe=quickstart").peft
 
 
+GROUPED = "suite={a: [peft=none], b: ['peft=[lora]'], c: ['peft=[coeff]']}"
+
+
+def test_the_groups_of_a_suite_are_part_of_its_config_and_not_of_its_runs(tmp_path: Path) -> None:
+    (found,) = compose([GROUPED, "suite_groups={one: [a, b], other: [c]}", "seeds=[0,1]"])
+    assert found.config.suite_groups == {"one": ["a", "b"], "other": ["c"]} and len(found.members) == 6
+    assert not any(member.suite_groups for member in found.members.values())
+    (tmp_path / "config.yaml").write_text(to_yaml(found.config))
+    (again,) = compose([], config_dir=str(tmp_path), config_name="config")
+    assert again.config.suite_groups == found.config.suite_groups and list(again.members) == list(found.members)
+    (other,) = compose([GROUPED, "suite_groups={}"])
+    assert not other.config.suite_groups
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["suite_groups={one: [a]}"], "suite_groups: there is no suite whose runs could be in groups"),
+        ([GROUPED, "suite_groups={one: [a, d]}"], "suite_groups.one: the suite has no run 'd'; there are a, b, c"),
+        ([GROUPED, "suite_groups={one: [a], two: [b, a]}"], "suite_groups.two: a stands in one too; a run is in one"),
+        ([GROUPED, "suite_groups={one: [a, a]}"], "suite_groups.one: a stands twice; a run is in one group"),
+        ([GROUPED, "suite_groups={one: []}"], "suite_groups.one: name the runs whose mean is to be told"),
+        ([GROUPED, "suite_groups={one: a}"], "suite_groups must be a mapping from names to a list of texts"),
+        (
+            ["suite={a: [peft=none], b: [task.metric=macro_f1]}", "suite_groups={one: [a], two: [b]}"],
+            "suite_groups: a mean over runs takes one metric, but theirs are macro_f1 (b), accuracy (a); set task.metric",
+        ),
+        (["suite={a: ['suite_groups={x: [a]}']}"], "suite.a: suite_groups={x: [a]}: a suite cannot stand inside"),
+    ],
+)
+def test_a_mistake_in_the_groups_of_a_suite_is_named(typed: list[str], message: str) -> None:
+    assert refused(*typed)[0].startswith(message)
+
+
 def test_suites_may_be_typed() -> None:
     (found,) = compose(["suite={a: [peft=lora], b: ['peft=[coeff,lora]', optim.lr=0.5]}"])
     assert {name: list(member.peft) for name, member in found.members.items()} == {
