@@ -4,6 +4,7 @@ Hydra's compose API is used instead of @hydra.main: it writes no files, runs no 
 leaves sys.argv alone, from which Lightning starts its other processes.
 """
 
+import copy
 import itertools
 import json
 import re
@@ -98,6 +99,10 @@ class _Source:
     primary: str = "train"
     primary_folder: Path | None = None
     """Where the primary config is, if it is the user's."""
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    """Name or file -> recipe, read once."""
+    composed: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
+    """Options -> what Hydra composed, before any value is set: the runs of a suite often differ in values alone."""
 
     @classmethod
     def of(cls, config_dir: str | None, config_name: str | None) -> "_Source":
@@ -262,17 +267,22 @@ def _compose_one(line: list[str], source: _Source, allowed: Allowed, suite_of: s
                     f"a recipe is given as recipe={source.run_config}"
                 )
         elif typed.recipe is not None:
-            recipe = read_recipe(typed.recipe, folders=source.folders)
+            if typed.recipe not in source.recipes:
+                source.recipes[typed.recipe] = read_recipe(typed.recipe, folders=source.folders)
+            recipe = source.recipes[typed.recipe]
     except UserError as error:  # without the recipe nothing else can be checked
         raise UserError("\n".join(dict.fromkeys([*wrong, *str(error).splitlines()]))) from error
     arguments = [text for key, text in typed.arguments if key.split(".")[0] not in typed.broken]
     if recipe is not None:
-        recipe.register(typed.picks)
         arguments.insert(0, f"recipe={recipe.option}")
     if source.folders and not any(text.startswith("hydra.searchpath=") for text in arguments):
         arguments.append(source.search_path())
     try:
-        composed = hydra_compose(source.primary, overrides=arguments)
+        if tuple(arguments) not in source.composed:
+            if recipe is not None:
+                recipe.register(typed.picks)
+            source.composed[tuple(arguments)] = hydra_compose(source.primary, overrides=arguments)
+        composed = copy.deepcopy(source.composed[tuple(arguments)])
         if refused := _refused(composed, recipe):
             raise UserError("\n".join([*wrong, *refused]))
         wrong += _set(composed, [pair for pair in typed.values if pair[0].split(".")[0] not in typed.broken])
