@@ -18,7 +18,11 @@ METHODS = Path(str(files("coeft"))) / "methods"
 
 
 def recipe_names() -> list[str]:
-    """The recipes that coeft ships, such as vtab/cifar100."""
+    """The recipes that coeft ships, such as vtab/cifar100; files that begin with _ are what several of them share."""
+    return [name for name in _recipe_files() if not name.rpartition("/")[2].startswith("_")]
+
+
+def _recipe_files() -> list[str]:
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
@@ -29,12 +33,12 @@ def options(group: str, folder: Path = CONF) -> list[str]:
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a shipped recipe.
+    """The file of a shipped recipe, or of what several share.
 
     Raises:
         UserError: there is no such recipe.
     """
-    if name not in recipe_names():
+    if name not in _recipe_files():
         raise UserError(f"no recipe {name!r}; {near(name, recipe_names())}")
     return RECIPES / f"{name}.yaml"
 
@@ -67,6 +71,10 @@ def list_main(argv: list[str]) -> int:
     rows = list(_LISTS[arguments.what](part))
     if not rows:
         raise UserError(f"no {arguments.what} match {part!r}" if part else f"no {arguments.what}")
+    if arguments.what == "recipes":
+        from .recipe_list import HEAD  # which needs the folders named here
+
+        rows.insert(0, HEAD)
     write_rows(rows)
     if arguments.what == "backbones" and part:  # the whole list has a line of each
         print("any timm model: backbone=timm backbone.name=NAME", file=sys.stderr)
@@ -75,9 +83,9 @@ def list_main(argv: list[str]) -> int:
 
 
 def _recipes(part: str) -> Iterator[tuple[str, ...]]:
-    for name in recipe_names():
-        if part in name:
-            yield name, first_comment(RECIPES / f"{name}.yaml")
+    from .recipe_list import entries
+
+    yield from (entry.row for entry in entries(part))
 
 
 def _group(group: str) -> Callable[[str], Iterator[tuple[str, ...]]]:

@@ -93,7 +93,7 @@ def over_seeds(members: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 def over_groups(
     members: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]], seeds: Sequence[int] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Means of a suite's runs by group, and the mean of these means.
+    """Means of a suite's runs by group, the mean of these means, and the mean of all runs in groups.
 
     With several seeds each seed has a mean of its own; the mean and the sample standard deviation are those over the
     seeds. A mean over something without a value is None.
@@ -102,7 +102,8 @@ def over_groups(
         members: name -> what the run came to; with seeds, NAME-seed_SEED.
         groups: name -> names of runs, without their seeds.
     Returns:
-        groups: name -> metric, mean, std and runs; over_groups: metric, mean, std and groups.
+        groups: name -> metric, mean, std and runs; over_groups: metric, mean, std and the number of groups; over_runs:
+        the same with the number of runs.
     """
     endings = [f"-seed_{seed}" for seed in seeds] or [""]
     metrics = {members[name + ending]["metric"] for names in groups.values() for name in names for ending in endings}
@@ -112,8 +113,14 @@ def over_groups(
     for group, names in groups.items():
         table.append([_mean([members[name + ending]["mean"] for name in names]) for ending in endings])
         found[group] = {"metric": metric, **_spread(table[-1]), "runs": list(names)}
-    means = [_mean(column) for column in zip(*table, strict=True)]
-    return {"groups": found, "over_groups": {"metric": metric, **_spread(means), "groups": len(found)}}
+    over = [_mean(column) for column in zip(*table, strict=True)]
+    grouped = [name for names in groups.values() for name in names]
+    each = [_mean([members[name + ending]["mean"] for name in grouped]) for ending in endings]
+    return {
+        "groups": found,
+        "over_groups": {"metric": metric, **_spread(over), "groups": len(found)},
+        "over_runs": {"metric": metric, **_spread(each), "runs": len(grouped)},
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

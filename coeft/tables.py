@@ -76,12 +76,13 @@ def print_suite(results: Mapping[str, Any], *, file: IO[str]) -> None:
             summary.add_row(name, spread(group["mean"], group["std"]), str(group["seeds"]))
         out.print(summary)
     if groups := results.get("groups"):
-        over = results["over_groups"]
+        over, each = results["over_groups"], results["over_runs"]
         table = Table(title=f"{results['recipe'] or 'suite'}: mean {over['metric']} by group")
         for name, group in groups.items():
             table.add_column(f"{name} ({len(group['runs'])})", justify="right")
         table.add_column(f"mean of the {over['groups']}", justify="right")
-        table.add_row(*(spread(column["mean"], column["std"]) for column in (*groups.values(), over)))
+        table.add_column(f"of all {each['runs']}", justify="right")
+        table.add_row(*(spread(column["mean"], column["std"]) for column in (*groups.values(), over, each)))
         out.print(table)
 
 

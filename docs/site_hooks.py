@@ -14,17 +14,17 @@ What `peft=` takes, alone or in a stack such as `peft=[coeff,lora]`; `coeft show
 settings and their defaults.
 
 """
-RECIPES_HEAD = """# Recipes
+RECIPES_HEAD = """# Files of the recipes
 
-The experiments that coeft ships: `coeft train recipe=NAME`. `coeft copy recipe NAME mine.yaml` gives a copy, which
-`coeft train recipe=./mine.yaml` runs. The header of each says what was measured, and what was not.
+The experiments that coeft ships, each with its file, whose header says what was measured, and what was not; the
+[catalogue](recipes.md) has them in tables.
 
 """
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is written nowhere by hand."""
-    for name, text in {"methods.md": methods(), "recipes.md": recipes(), "contributing.md": contributing()}.items():
+    for name, text in {"methods.md": methods(), "recipe-files.md": recipes(), "contributing.md": contributing()}.items():
         files.append(File.generated(config, name, content=text))
     return files
 

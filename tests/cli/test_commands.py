@@ -226,11 +226,13 @@ def test_what_is_listed_is_what_the_folders_hold(capsys: Capture) -> None:
     for what, names in [("recipes", recipe_names()), *((what, options(group)) for what, group in groups.items())]:
         assert main(["list", what]) == 0
         lines = capsys.readouterr().out.splitlines()
-        lines = lines[1:] if what == "methods" else lines  # a table with a head
+        lines = lines[1:] if what in ("methods", "recipes") else lines  # a table with a head
         assert [line.split()[0] for line in lines] == names
         assert all(len(line.split()) > 1 for line in lines), what
     assert main(["list", "recipes", "compare"]) == 0
-    assert capsys.readouterr().out.startswith("quickstart/compare")
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["recipe", "task", "backbone", "stack", "data", "network"]
+    assert row.split("  ")[0] == "quickstart/compare"
     assert set(groups.values()) < set(FOLDERS)
 
 

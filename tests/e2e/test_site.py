@@ -28,7 +28,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_in_the_site(site: Path) -> None:
-    made = {"methods", "recipes", "contributing"}
+    made = {"methods", "recipe-files", "contributing"}
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} | made
     assert pages == {folder.name for folder in site.iterdir() if (folder / "index.html").is_file()}
 
@@ -50,5 +50,6 @@ def test_methods_and_recipes_are_all_listed(site: Path) -> None:
 
     methods = (site / "methods" / "index.html").read_text(encoding="utf-8")
     recipes = (site / "recipes" / "index.html").read_text(encoding="utf-8")
+    files = (site / "recipe-files" / "index.html").read_text(encoding="utf-8")
     assert all(f">{name}<" in methods for name in options("peft") if name != "none")
-    assert all(f">{name}<" in recipes for name in recipe_names())
+    assert all(f">{name}<" in recipes and f">{name}<" in files for name in recipe_names())

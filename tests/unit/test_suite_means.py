@@ -26,7 +26,8 @@ def test_the_mean_of_groups_counts_each_group_once() -> None:
     }  # fmt: skip
     assert found["groups"]["structured"]["mean"] == 0.9
     over = {"metric": "accuracy", "mean": pytest.approx((0.3 + 0.9) / 2), "std": None, "groups": 2}
-    assert found["over_groups"] == over  # not 0.5, the mean of the three runs
+    assert found["over_groups"] == over
+    assert found["over_runs"] == {"metric": "accuracy", "mean": pytest.approx(0.5), "std": None, "runs": 3}
 
 
 def test_deviations_are_those_of_the_seeds_own_means() -> None:
@@ -37,6 +38,7 @@ def test_deviations_are_those_of_the_seeds_own_means() -> None:
     assert structured["mean"] == pytest.approx(0.4) and structured["std"] == pytest.approx(0.4 / 2**0.5)
     assert found["over_groups"]["mean"] == pytest.approx(0.35)  # of 0.4 and 0.3
     assert found["over_groups"]["std"] == pytest.approx(0.1 / 2**0.5)
+    assert found["over_runs"]["mean"] == pytest.approx(1 / 3) and found["over_runs"]["std"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_run_without_a_value_leaves_its_group_without_a_mean() -> None:
@@ -51,5 +53,5 @@ def test_the_table_of_a_suite_ends_with_the_means_of_its_groups() -> None:
     print_suite({"recipe": "vtab/all", "members": runs, **over_groups(runs, GROUPS)}, file=out)
     *_, title, _, head, _, row, _ = out.getvalue().splitlines()
     assert title.strip() == "vtab/all: mean accuracy by group"
-    assert head.split("┃")[1:-1] == [" natural (2) ", " structured (1) ", " mean of the 2 "]
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["0.3000", "0.9000", "0.6000"]
+    assert head.split("┃")[1:-1] == [" natural (2) ", " structured (1) ", " mean of the 2 ", " of all 3 "]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["0.3000", "0.9000", "0.6000", "0.5000"]
