@@ -142,7 +142,7 @@ class TrainConfig:
     suite: dict[str, list[str]] = field(default_factory=dict)
     """Runs of a suite: name -> overrides. Empty is one run."""
     suite_groups: dict[str, list[str]] = field(default_factory=dict)
-    """Groups of a suite's runs whose means are told, and the mean of these means: name of the group -> names of runs."""
+    """Groups of a suite's runs whose means are told, and the mean of these means: group -> names of runs."""
     seeds: list[int] = field(default_factory=list)
     """Repeat every run with each of these seeds. Empty is `seed` alone."""
     seed: int = 0

@@ -24,7 +24,8 @@ The experiments that coeft ships, each with its file, whose header says what was
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is written nowhere by hand."""
-    for name, text in {"methods.md": methods(), "recipe-files.md": recipes(), "contributing.md": contributing()}.items():
+    made = {"methods.md": methods(), "recipe-files.md": recipes(), "contributing.md": contributing()}
+    for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files
 

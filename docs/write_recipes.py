@@ -9,20 +9,21 @@ from coeft.cli.recipe_list import Entry, entries
 
 PAGE = """# Recipes
 
-Written by `python docs/write_recipes.py` from the headers in `recipes/`; do not edit by hand. `coeft list recipes` prints
-the same in the shell.
+Written by `python docs/write_recipes.py` from the headers in `recipes/`; do not edit by hand. `coeft list recipes`
+prints the same in the shell.
 
     coeft train recipe=NAME                  runs one; the header of its file has the whole command
     coeft train recipe=NAME dry_run=true     says what it would do, and what the data is like
     coeft show recipe NAME                   prints the file
     coeft copy recipe NAME mine.yaml         a copy to edit: coeft train recipe=./mine.yaml
 
-A number in a header was measured by us, with the date and the command beside it, or is a paper's and says so; else it reads
-"not measured". Data: training and test samples. Network: what is fetched if it is not in the cache; weights can be given as
-a file (`backbone.weights=FILE`, `backbone.name=FOLDER`), data as a folder.
+A number in a header was measured by us, with the date and the command beside it, or is a paper's and says so; else it
+reads "not measured". Data: training and test samples. Network: what is fetched if it is not in the cache; weights can be
+given as a file (`backbone.weights=FILE`, `backbone.name=FOLDER`), data as a folder.
 
 {tables}"""
-HEAD = "| recipe | what it is | task | backbone | stack | data | network | measured |\n|---|---|---|---|---|---|---|---|\n"
+COLUMNS = ["recipe", "what it is", "task", "backbone", "stack", "data", "network", "measured"]
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
 
 
 def page() -> str:

@@ -44,7 +44,7 @@ def small(config: TrainConfig, folder: Path) -> TrainConfig:
 def _data(config: TrainConfig, folder: Path) -> Fields:
     kind = config.data.kind
     if kind not in MAKERS:
-        pytest.fail(f"recipe {config.recipe}: nobody makes small data of kind {kind}; add a function to MAKERS in {HERE}")
+        pytest.fail(f"recipe {config.recipe}: no small data of kind {kind}; add a function to MAKERS in {HERE}")
     return MAKERS[kind](config, folder)
 
 
@@ -96,7 +96,7 @@ def roberta(folder: Path) -> None:
 def llama(folder: Path) -> None:
     from tiny_chat import tiny_llama
 
-    tiny_llama(folder)
+    tiny_llama(folder, max_position_embeddings=2048)
 
 
 TIMM: dict[str, Callable[[Any], Fields]] = {"vit_": _vit}

@@ -13,7 +13,7 @@ ANSWER = "ANSWER: yes"
 TOPICS = ["sky", "water", "fire", "model", "question", "time"]
 
 
-def tiny_llama(folder: Path) -> Path:
+def tiny_llama(folder: Path, max_position_embeddings: int = 128) -> Path:
     """A Llama of two layers with its tokenizer and a chat template, as from_pretrained reads it."""
     tokenizer = tiny_tokenizer(chat_template=CHATML)
     torch.manual_seed(0)
@@ -24,7 +24,7 @@ def tiny_llama(folder: Path) -> Path:
         num_key_value_heads=2,
         intermediate_size=64,
         vocab_size=len(tokenizer),
-        max_position_embeddings=128,
+        max_position_embeddings=max_position_embeddings,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -76,7 +76,11 @@ class Findings:
             if "members" in values:
                 tables["members"] = Table.of([{"run": name, **row} for name, row in values["members"].items()])
             if "groups" in values:
-                rows = [*values["groups"].items(), ("mean of the groups", values["over_groups"]), ("all runs", values["over_runs"])]
+                rows = [
+                    *values["groups"].items(),
+                    ("mean of the groups", values["over_groups"]),
+                    ("all runs", values["over_runs"]),
+                ]
                 tables["groups"] = Table.of([{"group": name, **row} for name, row in rows])
         elif (folder / "fold.json").is_file():
             fold = json.loads((folder / "fold.json").read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ class Csv:
         return []
 
     def publish(self, loggers: list["Logger"], found: "Findings") -> None:
-        """Write RUN/folds.csv, of a suite RUN/members.csv and RUN/groups.csv; the pictures stand in RUN/plots already."""
+        """Write RUN/folds.csv, of a suite members.csv and groups.csv; the pictures stand in RUN/plots already."""
         from coeft.run import write_text
 
         for name, table in found.tables.items():

@@ -272,7 +272,9 @@ def _drawn(config: TrainConfig) -> bool:
 
 def _identity(config: TrainConfig) -> str:
     """The settings without the seed, and without what does not decide numbers."""
-    tree = to_dict(replace(config, seed=0, seeds=[], suite={}, suite_groups={}, run_dir=None, recipe=None, dry_run=False))
+    tree = to_dict(
+        replace(config, seed=0, seeds=[], suite={}, suite_groups={}, run_dir=None, recipe=None, dry_run=False)
+    )
     tree.pop("logger")
     tree["trainer"].pop("progress")
     return json.dumps(tree, sort_keys=True, default=str)

@@ -483,7 +483,7 @@ def test_the_groups_of_a_suite_are_part_of_its_config_and_not_of_its_runs(tmp_pa
         ([GROUPED, "suite_groups={one: a}"], "suite_groups must be a mapping from names to a list of texts"),
         (
             ["suite={a: [peft=none], b: [task.metric=macro_f1]}", "suite_groups={one: [a], two: [b]}"],
-            "suite_groups: a mean over runs takes one metric, but theirs are macro_f1 (b), accuracy (a); set task.metric",
+            "suite_groups: a mean over runs takes one metric, but theirs are macro_f1 (b), accuracy (a); set task.",
         ),
         (["suite={a: ['suite_groups={x: [a]}']}"], "suite.a: suite_groups={x: [a]}: a suite cannot stand inside"),
     ],

@@ -86,7 +86,10 @@ def test_settings_import_no_torch():
         ({"batch_size": 0}, "data.batch_size must be 1 or more, not 0"),
         ({"num_workers": -1}, "data.num_workers must be 0 or more"),
         ({"fraction": 1.5}, "data.fraction must be in (0, 1], or null, not 1.5"),
-        ({"fraction": 0.5, "n_train": 5}, "data.n_train and data.fraction choose the training samples; set all but one"),
+        (
+            {"fraction": 0.5, "n_train": 5},
+            "data.n_train and data.fraction choose the training samples; set all but one",
+        ),
         ({"fraction": 0.5, "shots": 2}, "data.fraction and data.shots choose"),
         ({"shots": 0}, "data.shots must be 1 or more, or null, not 0"),
         ({"on_error": "ignore"}, "data.on_error must be raise or skip, not 'ignore'"),

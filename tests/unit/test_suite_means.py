@@ -11,7 +11,14 @@ from coeft.tables import print_suite
 
 def members(values: dict[str, float | None]) -> dict[str, dict[str, Any]]:
     return {
-        name: {"metric": "accuracy", "mean": value, "std": None, "trainable_params": 3, "adapter_params": 1, "wall_s": 2}
+        name: {
+            "metric": "accuracy",
+            "mean": value,
+            "std": None,
+            "trainable_params": 3,
+            "adapter_params": 1,
+            "wall_s": 2,
+        }
         for name, value in values.items()
     }
 
@@ -38,7 +45,9 @@ def test_deviations_are_those_of_the_seeds_own_means() -> None:
     assert structured["mean"] == pytest.approx(0.4) and structured["std"] == pytest.approx(0.4 / 2**0.5)
     assert found["over_groups"]["mean"] == pytest.approx(0.35)  # of 0.4 and 0.3
     assert found["over_groups"]["std"] == pytest.approx(0.1 / 2**0.5)
-    assert found["over_runs"]["mean"] == pytest.approx(1 / 3) and found["over_runs"]["std"] == pytest.approx(0, abs=1e-9)
+    assert found["over_runs"]["mean"] == pytest.approx(1 / 3) and found["over_runs"]["std"] == pytest.approx(
+        0, abs=1e-9
+    )
 
 
 def test_a_run_without_a_value_leaves_its_group_without_a_mean() -> None:
