@@ -18,8 +18,8 @@ prints the same in the shell.
     coeft copy recipe NAME mine.yaml         a copy to edit: coeft train recipe=./mine.yaml
 
 A number in a header was measured by us, with the date and the command beside it, or is a paper's and says so; else it
-reads "not measured". Data: training and test samples. Network: what is fetched if it is not in the cache; weights can be
-given as a file (`backbone.weights=FILE`, `backbone.name=FOLDER`), data as a folder.
+reads "not measured". Data: training and test samples. Network: what is fetched if it is not in the cache; weights can
+be given as a file (`backbone.weights=FILE`) or folder (`backbone.name=FOLDER`), data as a folder.
 
 {tables}"""
 COLUMNS = ["recipe", "what it is", "task", "backbone", "stack", "data", "network", "measured"]

@@ -13,19 +13,25 @@ import pytest
 from PIL import Image
 from reviews import reviews
 
-from coeft.cli.compose import Composition, compose
+from coeft.cli.compose import Composition, compose, encode
+from coeft.cli.recipes import read_recipe
 from coeft.config import TrainConfig
 
 HERE = "tests/recipe_data.py"
 SIDE = 8  # pixels of the images
 TASK = {"train800": 8, "val200": 4, "train800val200": 12, "test": 4}  # list of VTAB-1k -> images here
+MANY, SOME = 20, 5  # runs of a suite that takes long to compose, and how many of them are enough for most tests
 Fields = dict[str, Any]
 
 
 @cache
-def composed(name: str) -> Composition:
-    """A shipped recipe as it stands."""
-    [composition] = compose([f"recipe={name}"])
+def composed(name: str, whole: bool = False) -> Composition:
+    """A shipped recipe as it stands; of a suite of many runs the first ones, unless it is wanted whole."""
+    line = [f"recipe={name}"]
+    suite = read_recipe(name).body.get("suite", {})
+    if len(suite) > MANY and not whole:
+        line.append(f"suite={encode(dict(list(suite.items())[:SOME]))}")
+    [composition] = compose(line)
     return composition
 
 

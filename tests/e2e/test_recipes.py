@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_data import composed, image_folder, small, vtab_task
+from recipe_data import MANY, composed, image_folder, small, vtab_task
 from small import coeft, command, results
 
 from coeft.cli.catalogue import RECIPES, recipe_names
 from coeft.cli.compose import compose
 from coeft.cli.recipe_list import Header, entries, read_header
+from coeft.cli.recipes import read_recipe
 from coeft.config import TrainConfig, to_dict
 from coeft.errors import UserError
 
@@ -47,9 +48,9 @@ def header(name: str) -> Header:
     return read_header(RECIPES / f"{name}.yaml")
 
 
-def runs(name: str) -> dict[str, TrainConfig]:
+def runs(name: str, whole: bool = False) -> dict[str, TrainConfig]:
     """The runs of a recipe: of a suite its members, each with one seed."""
-    composition = composed(name)
+    composition = composed(name, whole)
     found: dict[str, TrainConfig] = {}
     for member, config in composition.members.items():
         found.setdefault(member.partition("-seed_")[0] if composition.config.seeds else member, config)
@@ -72,7 +73,6 @@ def test_a_recipe_composes_and_its_header_can_be_read(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_an_epoch(name: str, tmp_path: Path) -> None:
     """A run, or the first run of a suite; of its other runs each has its model made."""
-    from coeft.assemble import assemble, build_backbone
     from coeft.train import train
 
     (_, first), *others = runs(name).items()
@@ -81,10 +81,24 @@ def test_a_recipe_trains_an_epoch(name: str, tmp_path: Path) -> None:
     found = results(run)
     assert found["status"] == "completed" and found["value"] is not None and found["metric"] == first.task.metric
     assert found["trainable_params"] > 0
-    for other, config in others:
+    check_models(dict(others), ready)
+
+
+def check_models(others: dict[str, TrainConfig], ready: TrainConfig) -> None:
+    """The model of each run can be made on the small backbone of another."""
+    from coeft.assemble import assemble, build_backbone
+
+    for name, config in others.items():
         made = replace(config, backbone=ready.backbone)
         built = assemble(made, build_backbone(made), made.task.outputs(["no", "yes"]))
-        assert [*built.stack.methods] == [*config.peft], other
+        assert [*built.stack.methods] == [*config.peft], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if len(read_recipe(name).body.get("suite", {})) > MANY])
+def test_all_runs_of_a_large_suite_have_a_model(name: str, tmp_path: Path) -> None:
+    found = runs(name, whole=True)
+    check_models(found, small(next(iter(found.values())), tmp_path / "data"))
 
 
 def test_the_command_of_a_header_is_one_that_coeft_takes() -> None:
