@@ -23,6 +23,7 @@ def check_results(results: Any, where: str) -> dict[str, Any]:
         members = results["members"]
         if not isinstance(members, dict) or not all(isinstance(member, dict) for member in members.values()):
             raise UserError(f"{where}: 'members' must be a mapping from names to what the runs came to")
+        _check_groups(results, where)
         return results
     folds = results.get("folds")
     if not isinstance(folds, list) or not folds:
@@ -40,6 +41,23 @@ def check_results(results: Any, where: str) -> dict[str, Any]:
     for key in ("test", "heldout"):
         _check_metrics(results.get(key), f"{where}: {key!r}")
     return results
+
+
+def _check_groups(results: Mapping[str, Any], where: str) -> None:
+    """The means of a suite over groups of its runs, if it has groups."""
+    groups = results.get("groups")
+    if groups is None:
+        return
+    means = ("over_groups", "over_runs")
+    entries = [*groups.values(), *(results.get(key) for key in means)] if isinstance(groups, dict) else [None]
+    for entry in entries:
+        numbers = [entry.get(key) for key in ("mean", "std")] if isinstance(entry, dict) else ["?"]
+        if not all(number is None or is_number(number) for number in numbers):
+            raise UserError(f"{where}: 'groups', {' and '.join(map(repr, means))} must hold a mean and an std each")
+    for name, entry in groups.items():
+        runs = entry.get("runs")
+        if not isinstance(runs, list) or not all(isinstance(run, str) for run in runs):
+            raise UserError(f"{where}: 'groups': {name!r} must name its 'runs'")
 
 
 def check_row(row: Any, where: str) -> None:

@@ -82,6 +82,7 @@ def render(report: Report) -> str:
             for folder, results in report.collection.sweeps.items()
         ],
         classes=report.classes,
+        groups=report.groups,
         learnt={"figures": report.learnt, "table": report.learnt_table} if report.learnt else None,
         details=[_shown(detail) for detail in report.details],
         not_detailed=[s.name for s in report.settings if s not in [d.setting for d in report.details]],
@@ -144,6 +145,8 @@ def _contents(report: Report) -> list[tuple[str, str]]:
     found = [("comparison", "Comparison" if several else "Result")]
     if report.collection.sweeps:
         found.append(("sweeps", "Sweep"))
+    if report.groups:
+        found.append(("groups", "Groups"))
     if report.classes:
         found.append(("classes", "Classes"))
     if report.learnt:

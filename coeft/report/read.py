@@ -14,7 +14,7 @@ from coeft.errors import UserError
 from coeft.report.folders import Found, find
 from coeft.report.statistics import Comparison, Summary, compare, summarize
 from coeft.run import Run, read_json
-from coeft.stored import check_fold, read_environment
+from coeft.stored import check_fold, check_results, read_environment
 from coeft.tasks._direction import smaller_is_better
 
 
@@ -149,6 +149,8 @@ class Collection:
     incomplete: list[Incomplete]
     sweeps: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Folder -> results.json of a complete sweep."""
+    suites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> results.json of a complete suite whose runs are in groups."""
 
 
 def collect(paths: Sequence[str | Path], *, allowed: Allowed = NOTHING) -> Collection:
@@ -172,6 +174,7 @@ def collect(paths: Sequence[str | Path], *, allowed: Allowed = NOTHING) -> Colle
     records: list[Record] = []
     incomplete: list[Incomplete] = []
     sweeps: dict[str, dict[str, Any]] = {}
+    suites: dict[str, dict[str, Any]] = {}
     for each in found.values():
         if each.kind == "sweep":
             if (each.path / "results.json").is_file():
@@ -181,6 +184,8 @@ def collect(paths: Sequence[str | Path], *, allowed: Allowed = NOTHING) -> Colle
         elif each.kind == "suite":
             if not (each.path / "results.json").is_file():
                 incomplete.append(Incomplete(path=each.path, reason="the suite did not complete"))
+            elif groups := _groups(each.path, incomplete):
+                suites[str(each.path)] = groups
         else:
             try:
                 records.append(read_record(each, allowed=allowed))
@@ -189,7 +194,17 @@ def collect(paths: Sequence[str | Path], *, allowed: Allowed = NOTHING) -> Colle
     if not records:
         listed = "\n".join(f"  {each.path}: {each.reason}" for each in incomplete)
         raise UserError(f"no complete run to report on:\n{listed}")
-    return Collection(settings=group(named(records)), incomplete=incomplete, sweeps=sweeps)
+    return Collection(settings=group(named(records)), incomplete=incomplete, sweeps=sweeps, suites=suites)
+
+
+def _groups(path: Path, incomplete: list[Incomplete]) -> dict[str, Any] | None:
+    """What a suite came to, if its runs are in groups; None if not, or if it cannot be read."""
+    try:
+        results = check_results(read_json(path / "results.json"), "results.json")
+    except UserError as error:
+        incomplete.append(Incomplete(path=path, reason=_reason(error, path)))
+        return None
+    return results if results.get("groups") else None
 
 
 def _inside_sweep(path: Path) -> bool:

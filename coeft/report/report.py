@@ -19,6 +19,7 @@ from coeft.report.read import Collection, Setting, collect, differing
 from coeft.report.samples import Mixed, Opened, Shown, hardest, mixed, predictions
 from coeft.report.statistics import reliability
 from coeft.report.tables import Cell, Column, Compared, Table, against, choose_baseline, comparison, score
+from coeft.stored import is_number
 
 log = logging.getLogger("coeft")
 
@@ -56,6 +57,8 @@ class Report:
     learnt: list[Figure]
     learnt_table: Table | None
     classes: Table | None
+    groups: list[Table]
+    """Of suites whose runs are in groups: what each run and each group came to, a row for each suite."""
     differing: Table | None
     configs: list[tuple[str, str]]
     """Name and config of every setting, as YAML."""
@@ -119,6 +122,7 @@ def build(
         learnt=_learnt_figures(details),
         learnt_table=_learnt_table(details),
         classes=_classes([detail.setting for detail in details if not _secret(detail.setting, collection)]),
+        groups=_groups(collection.suites),
         differing=_differing(settings),
         configs=[(setting.name, to_yaml(setting.config)) for setting in settings],
     )
@@ -375,6 +379,53 @@ def _classes(settings: Sequence[Setting]) -> Table | None:
         ],
         notes=notes,
     )
+
+
+def _groups(suites: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Runs, groups and their means side by side, a table for suites with the same groups.
+
+    Args:
+        suites: folder -> results.json.
+    """
+    alike: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for folder, results in suites.items():
+        key = repr([(name, group["runs"]) for name, group in results["groups"].items()])
+        alike.setdefault(key, {})[folder] = results
+    return [_group_table(number, found) for number, found in enumerate(alike.values())]
+
+
+def _group_table(number: int, suites: Mapping[str, Mapping[str, Any]]) -> Table:
+    first = next(iter(suites.values()))
+    runs = [run for group in first["groups"].values() for run in group["runs"]]
+    columns = [
+        Column(key="suite", title="suite"),
+        *(Column(key=run, title=run, numeric=True) for run in runs),
+        *(Column(key=f"mean_{name}", title=f"mean of {name}", numeric=True) for name in first["groups"]),
+        Column(key="mean_groups", title=f"mean of the {len(first['groups'])}", numeric=True),
+        Column(key="mean_runs", title=f"of all {len(runs)}", numeric=True),
+    ]
+    rows = []
+    for folder, results in suites.items():
+        means = [*results["groups"].values(), results["over_groups"], results["over_runs"]]
+        cells = [score(_mean_of(run, results["members"])) for run in runs]
+        rows.append([Cell.of(Path(folder).name), *cells, *(_spread(mean) for mean in means)])
+    metric = first["over_groups"].get("metric") or "score"
+    notes = ["A mean over groups counts each group once, a mean over runs each run. Deviations are over the seeds."]
+    return Table(key=f"groups_{number}", title=f"{metric} by group", columns=columns, rows=rows, notes=notes)
+
+
+def _mean_of(run: str, members: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The mean of a run of a suite, over its seeds."""
+    found = [member.get("mean") for name, member in members.items() if re.sub(r"-seed_-?\d+$", "", name) == run]
+    known = [value for value in found if is_number(value)]
+    return statistics.fmean(known) if known and len(known) == len(found) else None
+
+
+def _spread(entry: Mapping[str, Any]) -> Cell:
+    mean, std = entry["mean"], entry.get("std")
+    if mean is None:
+        return score(None)
+    return Cell(score(mean).text + ("" if std is None else f" ± {score(std).text}"), mean)
 
 
 def _differing(settings: Sequence[Setting]) -> Table | None:

@@ -197,6 +197,39 @@ def test_a_suite_is_its_runs_in_its_order(runs: Path) -> None:
     ]
 
 
+def grouped(folder: Path, values: dict[str, float]) -> Path:
+    """A suite whose runs are in two groups."""
+    from coeft.suite import over_groups
+
+    members = {name: {"metric": "accuracy", "mean": value} for name, value in values.items()}
+    groups = {"natural": ["none", "coeff"], "other": ["lora"]}
+    for name, value in values.items():
+        make(folder / name, config(f"peft={name}", "cv.folds=0"), [value])
+    (folder / "config.yaml").write_text(to_yaml(config()))
+    results = {"recipe": "x", "status": "completed", "members": members, **over_groups(members, groups)}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_suites_with_groups_are_rows_of_one_table(tmp_path: Path) -> None:
+    one = grouped(tmp_path / "one", {"none": 0.2, "coeff": 0.4, "lora": 0.9})
+    other = grouped(tmp_path / "other", {"none": 0.3, "coeff": 0.3, "lora": 0.5})
+    report = without_figures(build([one, other], samples=False))
+    [table] = report.groups
+    first, second = values(table)
+    assert list(first) == ["suite", "none", "coeff", "lora", "mean_natural", "mean_other", "mean_groups", "mean_runs"]
+    assert list(first.values()) == ["one", "0.2", "0.4", "0.9", "0.3", "0.9", "0.6", "0.5"]
+    assert (second["suite"], float(second["mean_groups"])) == ("other", pytest.approx(0.4))
+    page = render(report)
+    assert 'id="table-groups_0"' in page and "mean of natural" in page and 'href="#groups"' in page
+    found = json.loads((other / "results.json").read_text())
+    found["groups"]["natural"]["mean"] = "high"
+    (other / "results.json").write_text(json.dumps(found))
+    damaged = collect([one, other])
+    assert [Path(path).name for path in damaged.suites] == ["one"]
+    assert "must hold a mean and an std each" in damaged.incomplete[0].reason
+
+
 def test_nothing_complete_is_an_error_that_lists_what_there_is(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete run.*\n.*half: the run did not complete"):
         collect([runs / "half"])
