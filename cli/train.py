@@ -1,6 +1,8 @@
 """coeft train: compose, check, then run one config, a suite, or several runs."""
 
 import sys
+import time
+from collections.abc import Iterable
 from typing import Any
 
 from coeft.config import TrainConfig, to_dict, to_yaml
@@ -9,6 +11,7 @@ from coeft.errors import UserError, near
 from .arguments import Parser
 from .compose import Composition, compose
 
+LOOKED_FOR = 3.0  # seconds after which the first thing that is missing is told alone
 EPILOG = """\
 keys (KEY=VALUE, in any order):
   recipe=NAME or recipe=FILE.yaml     coeft list recipes
@@ -79,11 +82,28 @@ def _shown(config: TrainConfig, package: str | None) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(node)) if isinstance(node, dict | list) else f"{node}\n"
 
 
+def _check(configs: Iterable[TrainConfig]) -> None:
+    """Look for data and models before torch is imported and anything is trained.
+
+    Raises:
+        UserError: what is missing, of all runs as far as that can be said in a few seconds.
+    """
+    started = time.monotonic()
+    problems: list[str] = []
+    for settings in (settings for config in configs for settings in (config.data, config.backbone)):
+        if problems and time.monotonic() - started > LOOKED_FOR:
+            break  # a network that does not answer takes seconds each time
+        try:
+            if hasattr(settings, "check"):
+                settings.check()
+        except UserError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
 def _run(composition: Composition) -> None:
-    for config in (composition.members or {"": composition.config}).values():
-        config.data.check()  # before torch is imported, so that missing data is told at once
-        if hasattr(config.backbone, "check"):  # missing models likewise
-            config.backbone.check()
+    _check((composition.members or {"": composition.config}).values())
     if composition.config.dry_run:
         from coeft.dry_run import dry_run
 

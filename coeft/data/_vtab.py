@@ -54,6 +54,19 @@ def from_folder(settings: VTAB, task: str, chosen: dict[str, str | None]) -> Sou
     return Source(train=train, val=splits["val"], test=splits["test"], class_names=class_names, warnings=warnings)
 
 
+def check_lists(settings: VTAB, task: str, chosen: dict[str, str | None]) -> None:
+    """Look for a task's folder and lists; what they say is read later.
+
+    Raises:
+        UserError: one is missing.
+    """
+    assert settings.root is not None
+    folder = _task_folder(existing_folder(Path(settings.root).expanduser(), "data.root"), task, chosen)
+    for name in chosen.values():
+        if name is not None:
+            _list_file(folder, name)
+
+
 def _other_lengths(lengths: dict[str, int], num_test: int | None, where: str) -> list[str]:
     """Warnings about lists that do not have VTAB-1k's numbers of images."""
     official = LENGTHS | ({} if num_test is None else {"test": num_test})
@@ -80,10 +93,7 @@ def _task_folder(root: Path, task: str, chosen: dict[str, str | None]) -> Path:
 
 
 def _read_list(folder: Path, name: str, num_classes: int | None, problems: list[str]) -> Split:
-    file = folder / f"{name}.txt"
-    if not file.is_file():
-        lists = [path.stem for path in visible(folder) if path.suffix == ".txt"]
-        raise UserError(f"{file}: no such list; {near(name, lists)}")
+    file = _list_file(folder, name)
     items: list[Path] = []
     labels: list[int] = []
     names: list[str] = []
@@ -115,6 +125,14 @@ def _read_list(folder: Path, name: str, num_classes: int | None, problems: list[
     if not items and not problems:
         raise UserError(f"{file} is empty; expected lines of `relative/path label`")
     return Split(items=items, labels=np.array(labels, np.int64), names=names)
+
+
+def _list_file(folder: Path, name: str) -> Path:
+    file = folder / f"{name}.txt"
+    if not file.is_file():
+        lists = [path.stem for path in visible(folder) if path.suffix == ".txt"]
+        raise UserError(f"{file}: no such list; {near(name, lists)}")
+    return file
 
 
 def from_hub(settings: VTAB, task: str, chosen: dict[str, str | None], seed: int) -> Source:

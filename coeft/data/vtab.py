@@ -60,13 +60,21 @@ class VTAB(ImageData):
     def check(self) -> None:
         if self.root is None:
             self.load(0)
+        else:
+            from coeft.data._vtab import check_lists
+
+            check_lists(self, required("data.name", self.name, "TASK"), self._chosen())
+
+    def _chosen(self) -> dict[str, str | None]:
+        """train, val, test -> list."""
+        return choose_splits(self, list(LISTS), source="VTAB-1k")
 
     def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
         from coeft.data._vtab import from_folder, from_hub
 
         name = required("data.name", self.name, "TASK")
         no_groups(self.kind, group)
-        chosen = choose_splits(self, list(LISTS), source="VTAB-1k")
+        chosen = self._chosen()
         names = [split for split in chosen.values() if split is not None]
         if "train800val200" in names and ("train800" in names or "val200" in names):
             raise UserError(

@@ -1,6 +1,7 @@
 """Every file of recipes/ without the network: its header, its config, an epoch on small data of its own format."""
 
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,17 @@ def test_vtab_is_resumed_and_ends_in_its_table(
     rows = comparison_table([tmp_path / "run"]).rows  # the tasks have other data, so no test between them
     assert [row[0].text for row in rows] == ["dtd", "svhn", "eurosat", "kitti"]
     assert "other data, folds or seeds" in [cell.text for cell in rows[1]]
+
+
+def test_tasks_that_are_missing_are_all_told_before_the_first_is_trained(
+    vtab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(vtab / "kitti")
+    (vtab / "dtd" / "test.txt").unlink()
+    assert coeft("train", "recipe=vtab/all", f"data.root={vtab}", f"run_dir={tmp_path / 'run'}") == 2
+    message = capsys.readouterr().err
+    assert "has no folder kitti" in message and f"{vtab / 'dtd' / 'test.txt'}: no such list" in message
+    assert not (tmp_path / "run").exists()
 
 
 def check_table(run: Path, groups: dict[str, list[str]], shown: str) -> None:
