@@ -258,7 +258,7 @@ def test_a_mistake_is_named_with_what_would_be_right(recipe: Path, typed: list[s
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("recipe=vtab/cifar10", "no recipe 'vtab/cifar10'; did you mean vtab/cifar100?"),
+        ("recipe=vtab/cifar10", "no recipe 'vtab/cifar10'; did you mean vtab/cifar100 or vtab/caltech101 or vtab/all?"),
         ("recipe=./no such.yaml", "recipe: no file ./no such.yaml"),
         ("quickstart", "'quickstart' is not key=value; did you mean recipe=quickstart?"),
         ("recipe=quickstart,vtab/cifar100", "recipe=quickstart,vtab/cifar100: one recipe for one run; several need -m"),
@@ -309,7 +309,10 @@ def test_all_mistakes_are_found_at_once(recipe: Path) -> None:
         ("defaults: [override /backbone: vit_bse]\n", "defaults: backbone: no option 'vit_bse'; did you mean vit_base"),
         ("defaults: [override /backbon: vit_base]\n", "defaults: no group 'backbon'; did you mean backbone?"),
         ("defaults:\n  - backbone: vit_base\n", "defaults: write - override /backbone: vit_base"),
-        ("defaults: [vtab/cifar10]\n", "no recipe 'vtab/cifar10'; did you mean vtab/cifar100?"),
+        (
+            "defaults: [vtab/cifar10]\n",
+            "no recipe 'vtab/cifar10'; did you mean vtab/cifar100 or vtab/caltech101 or vtab/all?",
+        ),
         ("defaults: [mine.yaml]\n", "extends itself"),
         ("defaults: 3\n", "defaults must be a list"),
         ("seed: 1\nseed: 2\n", "line 2: not YAML: found duplicate key seed"),
