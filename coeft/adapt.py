@@ -116,6 +116,8 @@ class Stack:
         }
         self.attachments: list[Attachment] = []
         """What the methods did to the model of the last attach(), in order."""
+        self.pretrained: frozenset[str] = frozenset()
+        """Names of the parameters that this model had before, the head's among them."""
         for name in self.methods:
             _check_name(name)
         full = next((name for name, settings in self.methods.items() if settings.kind == "full"), None)
@@ -135,6 +137,7 @@ class Stack:
             UserError: a method does not fit the model, attaches to nothing, or trains what another one trains.
         """
         self.attachments = []
+        self.pretrained = frozenset(name for name, _ in backbone.model.named_parameters(remove_duplicate=False))
         for parameter in backbone.model.parameters():
             parameter.requires_grad_(False)
         for parameter in backbone.head_parameters().values():

@@ -32,7 +32,7 @@ FOLDERS = {
 }
 
 
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 MOST_THREADS = 1024  # beyond any machine's
 
 
@@ -89,7 +89,8 @@ class Trainer:
     devices: Any = 1
     """Number of devices, a list of GPUs such as [0,2], or auto: all GPUs. Without a GPU, a number of processes."""
     strategy: str = "auto"
-    """How several devices share the work: ddp; auto is the same. See docs/reliability.md."""
+    """How several devices share the work: ddp, auto is the same; fsdp divides the frozen weights, see
+    docs/several-devices.md."""
     threads: int | None = None
     """CPU threads of torch; null leaves torch's choice. Other numbers of threads give other low bits."""
     progress: bool = True
@@ -116,7 +117,9 @@ class Trainer:
             )
         if self.strategy not in STRATEGIES:
             why = (
-                " It divides the weights, of which coeft could not write an adapter." if _divides(self.strategy) else ""
+                " It divides what is trained, of which coeft could not write an adapter; fsdp divides the frozen weights."
+                if _divides(self.strategy)
+                else ""
             )
             raise UserError(f"trainer.strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}.{why}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from coeft import ranks
+from coeft import ranks, sharding
 from coeft.assemble import Assembled, micro_batch_size
 from coeft.config import TrainConfig
 from coeft.data._folds import Fold
@@ -43,7 +43,7 @@ def step_memory(cfg: TrainConfig, built: Assembled, fold: Fold) -> int:
     Gradients and the optimizer's two moments of what is trained, and what one micro-batch's forward saves for the
     backward pass: that of two samples, the longest there are, times their number. What a layer holds for an instant
     is not counted, nor what validation, worker processes and the libraries take. On a CUDA device the weights count
-    too, and each further process on the CPU has its own.
+    too, and each further process on the CPU has its own (trainer.strategy=fsdp divides them once they are read).
     """
     devices = ranks.count(cfg.trainer)
     micro = micro_batch_size(cfg, ranks.processes(cfg.trainer))
@@ -54,6 +54,8 @@ def step_memory(cfg: TrainConfig, built: Assembled, fold: Fold) -> int:
     )
     step = 3 * trained + per_sample * micro
     if torch.cuda.is_available():
+        if cfg.trainer.strategy == "fsdp" and (processes := ranks.processes(cfg.trainer)) > 1:
+            return sharding.resident(built.backbone, built.stack, processes) + step
         return weights + step
     return devices * step + (devices - 1) * weights
 

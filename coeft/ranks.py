@@ -136,7 +136,14 @@ def lightning_options(trainer: Trainer, *, find_unused: bool) -> dict[str, Any]:
     find_unused = find_unused or trainer.strategy == "ddp_find_unused_parameters_true"
     strategy = _Joined(cluster_environment=_Here(), find_unused_parameters=find_unused)
     devices = trainer.devices if isinstance(trainer.devices, list) else _place.world // _place.machines
-    return {"devices": devices, "num_nodes": _place.machines, "strategy": strategy}
+    options = {"devices": devices, "num_nodes": _place.machines, "strategy": strategy}
+    # weights that are gathered first under inference mode could not be used in training after it
+    return options | {"inference_mode": False} if divided(trainer) else options
+
+
+def divided(trainer: Trainer) -> bool:
+    """Whether the processes that have joined divide the frozen weights, so that all of them go through every forward."""
+    return _place.world > 1 and trainer.strategy == "fsdp"
 
 
 class _Joined(DDPStrategy):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -19,7 +20,7 @@ from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from coeft import adapter_io, checkpoint, plots, ranks
+from coeft import adapter_io, checkpoint, plots, ranks, sharding
 from coeft.adapt import count_parameters
 from coeft.assemble import (
     Assembled,
@@ -251,8 +252,12 @@ def prepare(cfg: TrainConfig) -> Prepared:
         folds.append(refit_fold(data, cfg.cv, cfg.seed))
     if cfg.trainer.patience is not None and any(fold.val is None for fold in folds):
         raise UserError("trainer.patience needs validation data: set cv.val_fraction, data.n_val or a validation split")
-    _check_shares(cfg, folds, ranks.processes(cfg.trainer))
-    return Prepared(data=data, folds=folds, first=_assemble_fold(cfg, backbone, data, folds[0]))
+    processes = ranks.processes(cfg.trainer)
+    _check_shares(cfg, folds, processes)
+    first = _assemble_fold(cfg, backbone, data, folds[0])
+    if cfg.trainer.strategy == "fsdp" and processes > 1:
+        sharding.units(first.backbone, first.stack, processes)  # refuses what cannot be divided
+    return Prepared(data=data, folds=folds, first=first)
 
 
 def _check_shares(cfg: TrainConfig, folds: list[Fold], processes: int) -> None:
@@ -389,7 +394,11 @@ def _fit_fold(
         log.info("%s", sentence)
     if ranks.is_first():
         folder.mkdir(exist_ok=True)
-    fitted = _fit(cfg, run_dir, folder, fold, built, watch, boards)
+    find_unused = ranks.place().world > 1 and not all_take_part(built, fold.train)
+    if ranks.divided(cfg.trainer):
+        sharding.shard(built.module)
+        sharding.check_forward(built.module, fold.train.batch(range(min(2, len(fold.train)))))
+    fitted = _fit(cfg, run_dir, folder, fold, built, watch, boards, find_unused=find_unused)
     parts = {"heldout": fold.heldout, "test": fold.test}
     if fold.heldout is None and fold.test is None:
         parts["val"] = fold.val  # nothing else to report on; the table says so
@@ -480,6 +489,8 @@ def _fit(
     built: Assembled,
     watch: Watch | None,
     boards: Boards | None,
+    *,
+    find_unused: bool,
 ) -> Fitted:
     """Train one fold, from its last checkpoint if there is one, and leave the best epoch's weights in the model."""
     task, base = built.module.task, built.base["sample_sha256"]
@@ -499,7 +510,7 @@ def _fit(
         cut_samples(folder / "samples.jsonl", first_epoch=done)
         cut(run_dir / "metrics.csv", fold=fold.index, first_epoch=done)
     if not finished:
-        _train_epochs(cfg, run_dir, folder, fold, built, watch, boards, best, done)
+        _train_epochs(cfg, run_dir, folder, fold, built, watch, boards, best, done, find_unused=find_unused)
     if monitor is not None and best.score is None:
         raise UserError(
             f"{monitor} was not finite after any epoch of fold {fold.index}, from epoch 0 on: {_too_large(cfg)}"
@@ -519,6 +530,8 @@ def _train_epochs(
     boards: Boards | None,
     best: BestEpoch,
     done: int,
+    *,
+    find_unused: bool,
 ) -> None:
     """Train a fold whose first `done` epochs are in its last checkpoint."""
     task = built.module.task
@@ -526,7 +539,9 @@ def _train_epochs(
     if best.monitor is not None and cfg.trainer.patience is not None:
         callbacks.append(EarlyStopping(best.monitor, mode=task.mode, patience=cfg.trainer.patience, min_delta=0.0))
     if fold.val is not None:
-        callbacks.append(EpochSamples(fold.val, folder / "samples.jsonl", cfg.seed))
+        callbacks.append(
+            EpochSamples(fold.val, folder / "samples.jsonl", cfg.seed, together=ranks.divided(cfg.trainer))
+        )
     if watch is not None:
         callbacks.append(Watcher(watch, run_dir, fold.index))
     bar = cfg.trainer.progress and sys.stderr.isatty() and ranks.is_first()
@@ -537,7 +552,7 @@ def _train_epochs(
     trainer = make_trainer(
         cfg,
         folder,
-        find_unused=ranks.place().world > 1 and not all_take_part(built, fold.train),
+        find_unused=find_unused,
         max_epochs=cfg.trainer.max_epochs,
         gradient_clip_val=cfg.trainer.clip_norm,
         limit_val_batches=None if fold.val is not None else 0,
@@ -613,17 +628,20 @@ def cut_samples(file: Path, *, first_epoch: int) -> None:
 
 
 class EpochSamples(L.Callback):
-    """Lets the task show a few samples after every epoch, in a file with one JSON object a line."""
+    """Lets the task show a few samples after every epoch, in a file with one JSON object a line.
 
-    def __init__(self, part: Part, file: Path, seed: int) -> None:
-        self.part, self.file, self.seed = part, file, seed
+    Args:
+        together: all processes have to go through the model; still the first alone writes.
+    """
+
+    def __init__(self, part: Part, file: Path, seed: int, *, together: bool = False) -> None:
+        self.part, self.file, self.seed, self.together = part, file, seed, together
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or self.together:
             tuning = cast(TuningModule, module)
-            tuning.task.write_samples(
-                tuning.backbone, self.part, self.file, epoch=trainer.current_epoch, seed=self.seed
-            )
+            file = self.file if trainer.is_global_zero else Path(os.devnull)
+            tuning.task.write_samples(tuning.backbone, self.part, file, epoch=trainer.current_epoch, seed=self.seed)
 
 
 class Watcher(L.Callback):

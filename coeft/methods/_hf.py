@@ -58,15 +58,24 @@ class Before(nn.Linear):
     It owns no parameters. Outside of a forward it shows the pretrained layer.
     """
 
-    pretrained: nn.Parameter
-    own_bias: nn.Parameter | None
+    layer: nn.Linear
     now: _Inputs | None
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        # past nn.Module, so that they have no second name in the model
-        self.__dict__.update(pretrained=weight, own_bias=bias, now=None)
+        self.out_features, self.in_features = layer.weight.shape
+        # past nn.Module, so that the layer has no second name in the model
+        self.__dict__.update(layer=layer, now=None)
+
+    @property
+    def pretrained(self) -> nn.Parameter:
+        """The layer's own weight, asked for each time: trainer.strategy=fsdp puts shares in its place."""
+        return self.layer.weight
+
+    @property
+    def own_bias(self) -> nn.Parameter | None:
+        """The layer's own bias."""
+        return self.layer.bias
 
     def forward(self, input: Tensor) -> Tensor:
         assert self.now is not None, "a layer of peft was called outside of its chain"
@@ -97,12 +106,17 @@ class PeftUpdate(Update):
     off again; `shift` gives the new bias for a merge.
     """
 
-    def __init__(self, layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, layer: nn.Module, base: nn.Linear) -> None:
+        """
+        Args:
+            layer: of peft.
+            base: of the model, which it acts on.
+        """
         super().__init__()
         self.layer = layer
         del layer._modules["base_layer"]
-        layer.__dict__["base_layer"] = Before(weight, bias)
-        self.dtype = update_dtype(weight)
+        layer.__dict__["base_layer"] = Before(base)
+        self.dtype = update_dtype(base.weight)
         self.off = False
         """Whether the update is left out, to see what the model gives without it."""
 
@@ -221,7 +235,7 @@ def attach(settings: "HF", backbone: Backbone) -> Attachment:
     tuner = _inject(config, {name: cast(nn.Linear, layer) for name, layer in layers.items()}, where)
     updates: dict[str, Update] = {}
     for name, layer in layers.items():
-        updates[name] = PeftUpdate(tuner.model.get_submodule(name), layer.weight, layer.bias)
+        updates[name] = PeftUpdate(tuner.model.get_submodule(name), cast(nn.Linear, layer))
         layer.add(settings.name, updates[name])
     kinds = {layer.bias is None: cast(PeftUpdate, updates[name]) for name, layer in layers.items()}
     mergeable = all(map(_merges, kinds.values()))

@@ -140,13 +140,14 @@ def attach(settings: "LoRA", backbone: Backbone) -> Attachment:
             weight, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, rslora=settings.rslora
         ),
     )
+    model_type = type(backbone.model)  # asked for now: trainer.strategy=fsdp puts a subclass in its place
     return attachment(
         settings,
         backbone,
         updates,
         lambda update: f"rank {settings.rank}{', magnitudes' if settings.dora else ''}",
         pack=lambda: (
-            _config(settings, backbone, updates),
+            _config(settings, backbone, updates, model_type),
             {key: value.cpu().clone() for key, value in _stock(backbone, updates).items()},
         ),
         unpack=lambda config, tensors: _unpack(settings, backbone, updates, config, tensors),
@@ -170,7 +171,9 @@ def _stock(backbone: Backbone, updates: Mapping[str, Update]) -> dict[str, Tenso
     return tensors
 
 
-def _config(settings: "LoRA", backbone: Backbone, updates: Mapping[str, Update]) -> dict[str, Any]:
+def _config(
+    settings: "LoRA", backbone: Backbone, updates: Mapping[str, Update], model_type: type
+) -> dict[str, Any]:
     """What stock peft (0.18 and later) needs to build the same updates; JSON values only."""
     model = backbone.model
     # A LoRA of another rank than the others (slices) keeps the scale alpha / rank by an alpha of the same proportion.
@@ -180,7 +183,7 @@ def _config(settings: "LoRA", backbone: Backbone, updates: Mapping[str, Update])
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": {"base_model_class": model_type.__name__, "parent_library": model_type.__module__},
         "base_model_name_or_path": backbone.name,
         "revision": None,
         "inference_mode": True,
