@@ -116,11 +116,8 @@ class Trainer:
                 f"trainer.devices must be 1 or more, a list of GPUs such as [0,2], or auto, not {self.devices!r}"
             )
         if self.strategy not in STRATEGIES:
-            why = (
-                " It divides what is trained, of which coeft could not write an adapter; fsdp divides the frozen weights."
-                if _divides(self.strategy)
-                else ""
-            )
+            why = " It divides what is trained, of which coeft could not write an adapter; fsdp divides the rest."
+            why = why if _divides(self.strategy) else ""
             raise UserError(f"trainer.strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}.{why}")
 
 

@@ -142,7 +142,7 @@ def lightning_options(trainer: Trainer, *, find_unused: bool) -> dict[str, Any]:
 
 
 def divided(trainer: Trainer) -> bool:
-    """Whether the processes that have joined divide the frozen weights, so that all of them go through every forward."""
+    """Whether the processes that have joined divide the frozen weights: then all go through every forward together."""
     return _place.world > 1 and trainer.strategy == "fsdp"
 
 

@@ -6,7 +6,6 @@ fully_shard: every process keeps a share of each weight (rows of its first dimen
 after the other in the forward, and again in the backward pass.
 """
 
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,9 +41,15 @@ def units(backbone: Backbone, stack: Stack, processes: int) -> list[Unit]:
     have brought with them.
 
     Raises:
-        UserError: there is nothing to divide, or no blocks to divide it by, or weights are quantised.
+        UserError: there is nothing to divide, or no blocks to divide it by, weights are quantised, or processes would
+            not go through the same blocks.
     """
     model = backbone.model
+    if dropping := [name for name, module in model.named_modules() if _drops_blocks(module)]:
+        raise UserError(
+            f"{WHERE} needs every process to go through the same blocks, and {dropping[0] or backbone.name} leaves "
+            "some out at random in training (layerdrop); set that to 0 in backbone.options, or take ddp"
+        )
     if not backbone.blocks:
         raise UserError(
             f"{WHERE} divides the frozen weights by transformer blocks, of which {backbone.name} has none; take ddp"
@@ -62,12 +67,20 @@ def units(backbone: Backbone, stack: Stack, processes: int) -> list[Unit]:
         if parameter.requires_grad or name not in stack.pretrained:
             continue
         if not parameter.is_floating_point():
-            raise UserError(f"{WHERE} divides no quantised weights ({name}); leave backbone.quantization out, or take ddp")
+            raise UserError(
+                f"{WHERE} divides no quantised weights ({name}); leave backbone.quantization out, or take ddp"
+            )
         if len(holders[parameter]) == 1 and parameter.dim() and len(parameter) >= processes:
             found[next(iter(holders[parameter]))][name] = parameter
     if not any(found.values()):
         raise UserError(f"{WHERE} divides frozen weights, and [{', '.join(stack.methods)}] freezes none; take ddp")
     return [Unit(module, parameters) for module, parameters in found.items()]
+
+
+def _drops_blocks(module: nn.Module) -> bool:
+    """As modules of transformers do."""
+    share = getattr(module, "layerdrop", 0.0)
+    return isinstance(share, int | float) and share > 0
 
 
 def _holder(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -111,8 +124,6 @@ def shard(module: "TuningModule") -> None:
     # ddp would send the shares of the first process to all others
     names = [f"model.{name}" for unit in found for name in unit.parameters]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
-    # nothing here changes the outputs of a block in place
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def check_forward(module: "TuningModule", batch: Batch) -> None:

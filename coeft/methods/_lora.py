@@ -171,9 +171,7 @@ def _stock(backbone: Backbone, updates: Mapping[str, Update]) -> dict[str, Tenso
     return tensors
 
 
-def _config(
-    settings: "LoRA", backbone: Backbone, updates: Mapping[str, Update], model_type: type
-) -> dict[str, Any]:
+def _config(settings: "LoRA", backbone: Backbone, updates: Mapping[str, Update], model_type: type) -> dict[str, Any]:
     """What stock peft (0.18 and later) needs to build the same updates; JSON values only."""
     model = backbone.model
     # A LoRA of another rank than the others (slices) keeps the scale alpha / rank by an alpha of the same proportion.

@@ -20,12 +20,13 @@ import pytest
 import torch
 from following import fork
 from safetensors.torch import load_file
-from small import TINY, coeft, lasting, results
+from small import TINY, coeft, command, lasting, results
 from tiny_chat import chats, questions, tiny_llama
 from tiny_chat import command as language
 from tiny_hf import tiny_model
 
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
+DIVIDED = ["trainer.devices=2", "trainer.strategy=fsdp"]
 DIGITS = [*TINY, "data=digits", "data.resize=squash", "trainer.progress=false", "peft.coeff.dropout=0"]
 # 45 or 46 training samples: the last step has 13 or 14, of which a process gets 6 or 7, in micro-batches of 4
 FOLDS = [*DIGITS, "peft=[coeff,lora]", "data.n_train=101", "cv.folds=2", "data.batch_size=16", "trainer.max_epochs=3"]
@@ -72,6 +73,12 @@ def same(one: Path, other: Path) -> None:
         first, second = (json.loads(file.read_text()) for file in (path, other / path.relative_to(one)))
         assert first["extras"] == second["extras"]  # the confusion matrix
         assert first["samples_seen"] == second["samples_seen"]
+
+
+def written(one: Path, other: Path) -> None:
+    """The settings beside the tensors of two runs' adapters are equal."""
+    for path in sorted(one.rglob("adapter/**/*.json")):
+        close(json.loads(path.read_text()), json.loads((other / path.relative_to(one)).read_text()))
 
 
 def said(run: Path) -> list[str]:
@@ -121,6 +128,59 @@ def test_a_cross_validation_of_two_processes_is_that_of_one(
     assert [line for line in shown.err.splitlines() if line.startswith("epoch")] == epochs(two)
     assert "warn" not in shown.err.lower()
     assert not torch.distributed.is_initialized() and not multiprocessing.active_children()
+
+
+@pytest.mark.usefixtures("forked")
+def test_divided_weights_train_as_whole_ones(one: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    assert coeft("train", *FOLDS, *DIVIDED, f"run_dir={two}") == 0
+    same(one, two)
+    assert said(one) == said(two)
+    written(one, two)
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_run_of_divided_weights_resumes(one: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+
+    def interrupt() -> None:
+        while not (run / "fold_1" / "checkpoints" / "last.ckpt").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert coeft("train", *FOLDS, *DIVIDED, f"run_dir={run}") == 130
+    assert capfd.readouterr().err.splitlines()[-1] == f"coeft: stopped; continue by `coeft resume {run}`"
+    last = torch.load(run / "fold_1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {type(value) for value in last["state_dict"].values()} == {torch.Tensor}
+    assert not any(name.endswith("qkv.weight") for name in last["state_dict"])  # nothing that is frozen
+    assert coeft("resume", run) == 0
+    same(one, run)
+    written(one, run)
+    assert coeft("eval", run) == 0
+
+
+@pytest.mark.slow
+def test_divided_weights_by_the_command(one: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    shown = command("train", *FOLDS, *DIVIDED, f"run_dir={two}")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == f"{two}\n" and "warn" not in shown.stderr.lower()
+    same(one, two)
+    written(one, two)
+
+
+@pytest.mark.usefixtures("forked")
+def test_divided_language_models_write_samples(tmp_path: Path) -> None:
+    """Generation takes all processes, and the texts end after different numbers of tokens."""
+    line = [*language(tiny_llama(tmp_path / "llama"), "causal_lm"), "peft=[lora,coeff]", "peft.lora.rank=4"]
+    line += [f"data.path={chats(tmp_path / 'data.jsonl', 45)}", "data.messages=messages", "task.loss_on=all"]
+    line += ["task.samples_per_epoch=2", "task.max_new_tokens=4", "trainer.max_epochs=2", "trainer.micro_batch_size=2"]
+    line += ["backbone.gradient_checkpointing=true"]
+    assert coeft("train", *line, f"run_dir={tmp_path / 'one'}") == 0
+    assert coeft("train", *line, *DIVIDED, f"run_dir={tmp_path / 'two'}") == 0
+    same(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "one" / "samples.jsonl").read_text() == (tmp_path / "two" / "samples.jsonl").read_text()
 
 
 def test_a_killed_process_ends_the_run_which_resumes(
@@ -262,7 +322,8 @@ def test_trained_parameters_without_a_part_in_the_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_machines_under_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_machines_under_torchrun(tmp_path: Path, strategy: str) -> None:
     """Two torchruns on this machine stand for two machines; what they say comes from the first."""
     import socket
 
@@ -280,7 +341,7 @@ def test_two_machines_under_torchrun(tmp_path: Path) -> None:
             "--nproc-per-node=1",
         ]
         line += ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "coeft.cli", "train", *LONG]
-        line += [f"run_dir={tmp_path / 'two'}"]
+        line += [f"trainer.strategy={strategy}", f"run_dir={tmp_path / 'two'}"]
         processes.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

@@ -28,11 +28,12 @@ def test_devices_that_are_none(devices: Any) -> None:
         Trainer(devices=devices)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3", "dp", "ddp_spawn", ""])
+@pytest.mark.parametrize("strategy", ["fsdp_cpu_offload", "deepspeed_stage_3", "dp", "ddp_spawn", ""])
 def test_strategies_that_there_are_not(strategy: str) -> None:
     with pytest.raises(UserError, match=r"trainer\.strategy must be one of auto, ddp, .*") as refused:
         Trainer(strategy=strategy)
-    assert ("divides the weights" in str(refused.value)) == (strategy in ("fsdp", "deepspeed_stage_3"))
+    divides = strategy in ("fsdp_cpu_offload", "deepspeed_stage_3")
+    assert ("divides what is trained" in str(refused.value)) == divides
 
 
 @pytest.mark.parametrize(
@@ -63,8 +64,9 @@ def test_a_run_of_several_devices_is_measured_on_one(
     gpus: int, devices: Any, found: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    options = ranks.lightning_options(Trainer(devices=devices, strategy="ddp"), find_unused=False)
-    assert options == {"devices": found, "strategy": "auto"}
+    for strategy in ("ddp", "fsdp"):
+        options = ranks.lightning_options(Trainer(devices=devices, strategy=strategy), find_unused=False)
+        assert options == {"devices": found, "strategy": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_a_run_of_several_devices_is_measured_on_one(
         (["trainer.devices=2", "trainer.micro_batch_size=32"], "must divide the 16 samples per device and step"),
         (["trainer.devices=8", "data.n_val=5"], "the val part of fold 0 has 5 samples, fewer than the 8 processes"),
         (["trainer.devices=two"], "trainer.devices must be 1 or more"),
-        (["trainer.devices=2", "trainer.strategy=fsdp"], "trainer.strategy must be one of"),
+        (["trainer.devices=2", "trainer.strategy=fsdp", "peft=full"], "[full] freezes none; take ddp"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(
