@@ -68,12 +68,12 @@ class Before(nn.Linear):
         self.__dict__.update(layer=layer, now=None)
 
     @property
-    def pretrained(self) -> nn.Parameter:
+    def pretrained(self) -> Tensor:
         """The layer's own weight, asked for each time: trainer.strategy=fsdp puts shares in its place."""
         return self.layer.weight
 
     @property
-    def own_bias(self) -> nn.Parameter | None:
+    def own_bias(self) -> Tensor | None:
         """The layer's own bias."""
         return self.layer.bias
 

@@ -11,6 +11,7 @@ from small import DIGITS, TINY
 from coeft.assemble import Assembled
 from coeft.cli.compose import compose
 from coeft.memory import MIB, cgroup_rooms, free_memory, longest, probe, step_memory
+from coeft.sharding import resident
 from coeft.train import Prepared, prepare
 
 RESNET = ["backbone=timm", "backbone.name=resnet10t", "backbone.pretrained=false", "data.image_size=32"]
@@ -54,6 +55,18 @@ def test_a_step_is_gradients_moments_and_what_a_micro_batch_saves() -> None:
         wanted = 3 * trained + sum(size for pointer, size in saved.items() if pointer not in held)
     assert loss.requires_grad
     assert step_memory(cfg, built, fold) == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_device_holds_its_share_of_divided_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = ["trainer.devices=2", "data.batch_size=32"]
+    cfg, found = prepared(*TINY, "peft=lora", *two, "trainer.strategy=fsdp")
+    whole, _ = prepared(*TINY, "peft=lora", *two)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    built, fold = found.first, found.folds[0]
+    weights = sum(p.numel() * 4 for p in built.module.parameters())
+    less = weights - resident(built.backbone, built.stack, 2)
+    assert step_memory(whole, built, fold) - step_memory(cfg, built, fold) == less
 
 
 @pytest.mark.parametrize("version", [1, 2])
