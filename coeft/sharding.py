@@ -113,7 +113,8 @@ def shard(module: "TuningModule") -> None:
     from torch.distributed.fsdp import fully_shard
 
     backbone, stack, processes = module.backbone, module.stack, ranks.place().world
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (processes,))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, (processes,))
     found = units(backbone, stack, processes)
     divided = {parameter for unit in found for parameter in unit.parameters.values()}
     whole = set(backbone.model.parameters()) - divided
@@ -121,6 +122,7 @@ def shard(module: "TuningModule") -> None:
         for parameter in unit.parameters.values():
             parameter.data = parameter.data.contiguous()
         fully_shard(unit.module, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    module.to(device)  # what stays whole, as the shares are there already
     # ddp would send the shares of the first process to all others
     names = [f"model.{name}" for unit in found for name in unit.parameters]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
@@ -132,11 +134,18 @@ def check_forward(module: "TuningModule", batch: Batch) -> None:
     Raises:
         UserError: the model reads frozen weights where they are not gathered.
     """
+    modes = [(each, each.training) for each in module.modules()]
+    device = next(module.parameters()).device
     try:
-        module.stack.probe(module.backbone, module.prepared(batch))
+        module.eval()
+        with torch.no_grad():
+            module({name: value.to(device) for name, value in batch.items()})
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{WHERE} cannot divide {module.backbone.name}: it reads weights of its blocks outside of them ({reason}); "
             "take ddp"
         ) from error
+    finally:
+        for each, training in modes:
+            each.training = training

@@ -1,7 +1,7 @@
 """trainer.strategy=fsdp: what is divided among processes, and that the model computes as before."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +37,9 @@ class Module(nn.Module):
         super().__init__()
         self.model, self.backbone, self.stack = backbone.model, backbone, stack
 
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.backbone.forward(batch)
+
 
 def gathered(model: nn.Module, names: list[str]) -> int:
     """How many of these weights are whole now."""
@@ -69,8 +72,8 @@ def computes_as_before(case: Case) -> None:
     count = sum(parameter.numel() for unit in found for parameter in unit.parameters.values())
     memory = [StorageWeakRef(p.untyped_storage()) for unit in found for p in unit.parameters.values()]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    modules = [unit.module for unit in found[:-1]]
-    blocks = [next(iter(unit.parameters)) for unit in found[:-1]]  # a weight of each
+    modules = [unit.module for unit in found[:-1] if unit.parameters]
+    blocks = [next(iter(unit.parameters)) for unit in found[:-1] if unit.parameters]  # a weight of each
     del found, parameter  # which hold weights
     sharding.shard(Module(backbone, stack))  # type: ignore[arg-type]
     gc.collect()
@@ -79,7 +82,7 @@ def computes_as_before(case: Case) -> None:
     assert {name for name, p in model.named_parameters() if isinstance(p, DTensor)} == names
     sums = torch.tensor([local])
     dist.all_reduce(sums)
-    assert int(sums) == count and abs(local - count / 2) < 0.02 * count and count > 0.9 * frozen
+    assert int(sums) == count and abs(local - count / 2) < 0.05 * count and count > 0.3 * frozen
     most = [0, 0]
 
     def watch(place: int) -> Callable[..., None]:
@@ -104,13 +107,8 @@ def computes_as_before(case: Case) -> None:
                if name in names)  # fmt: skip
 
 
-def in_two(cases: Callable[[], list[Case]], folder: Path) -> None:
-    """computes_as_before in two processes."""
-
-    def body() -> None:
-        torch.set_num_threads(1)
-        for case in cases():
-            computes_as_before(case)
+def in_two(body: Callable[[], None], folder: Path) -> None:
+    """Run the body in two processes that have joined."""
 
     def follow(config: Any, folder: Path, join: Callable[[], None]) -> None:
         join()
@@ -120,6 +118,16 @@ def in_two(cases: Callable[[], list[Case]], folder: Path) -> None:
         following.fork(patch)
         with ranks.several(SimpleNamespace(trainer=Trainer(devices=2)), folder, follow):
             body()
+
+
+def compute_as_before(cases: Callable[[], Iterator[Case]], folder: Path) -> None:
+    """The same as computes_as_before for each case."""
+
+    def body() -> None:
+        for case in cases():
+            computes_as_before(case)
+
+    in_two(body, folder)
 
 
 METHODS = [name for name in methods_by_name() if "kind" in preset(name) and name not in ("hf", "full")]
@@ -139,16 +147,16 @@ def of_method(name: str) -> Case:
     return backbone, stack, lambda: backbone.model(images)
 
 
-QUICK = ["ether", "map", "bone", "spt"]  # of each way to act on frozen weights
+QUICK = ["ether", "bone", "spt"]  # of each way to act on frozen weights
 
 
 def test_methods_that_read_frozen_weights_train_as_before(tmp_path: Path) -> None:
-    in_two(lambda: [of_method(name) for name in QUICK], tmp_path)
+    compute_as_before(lambda: map(of_method, QUICK), tmp_path)
 
 
 @pytest.mark.slow
 def test_every_method_trains_as_before(tmp_path: Path) -> None:
-    in_two(lambda: [of_method(name) for name in METHODS if name not in QUICK], tmp_path)
+    compute_as_before(lambda: (of_method(name) for name in METHODS if name not in QUICK), tmp_path)
 
 
 def of_timm(family: str) -> Case:
@@ -182,24 +190,22 @@ def of_hf(family: str, *, checkpointing: bool = False, mixed: bool = False, **op
 
 
 def test_tied_checkpointed_and_mixed_weights_train_as_before(tmp_path: Path) -> None:
-    in_two(
-        lambda: [
-            of_hf("llama", tie_word_embeddings=True, checkpointing=True),
-            of_hf("llama", mixed=True),
-            of_hf("t5"),
-        ],
-        tmp_path,
-    )
+    def cases() -> Iterator[Case]:
+        yield of_hf("llama", tie_word_embeddings=True, checkpointing=True)
+        yield of_hf("llama", mixed=True)
+        yield of_hf("t5")
+
+    compute_as_before(cases, tmp_path)
 
 
 @pytest.mark.slow
 def test_families_of_timm_train_as_before(tmp_path: Path) -> None:
-    in_two(lambda: [of_timm(family) for family in tiny.FAMILIES if family != "qwen3"], tmp_path)  # most of it embeds
+    compute_as_before(lambda: map(of_timm, tiny.FAMILIES), tmp_path)
 
 
 @pytest.mark.slow
 def test_families_of_transformers_train_as_before(tmp_path: Path) -> None:
-    in_two(lambda: [of_hf(family) for family in tiny_hf.FAMILIES if family != "t5"], tmp_path)
+    compute_as_before(lambda: (of_hf(family) for family in tiny_hf.FAMILIES if family != "t5"), tmp_path)
 
 
 def attached(**settings: Any) -> tuple[Backbone, Stack]:
@@ -269,10 +275,7 @@ def test_weights_that_are_read_outside_of_their_blocks_are_told(tmp_path: Path) 
             self.model = model
 
         def forward(self, x: Tensor) -> Tensor:
-            return (
-                self.model(x)
-                + nn.functional.linear(x.mean(1), self.model.get_parameter("blocks.0.attn.proj.weight")).mean()
-            )
+            return self.model(x) + x.mean() * self.model.get_parameter("blocks.0.attn.proj.weight")[0, 0]
 
     def body() -> None:
         backbone, stack = attached()
@@ -281,17 +284,10 @@ def test_weights_that_are_read_outside_of_their_blocks_are_told(tmp_path: Path) 
         backbone.head = "model.head"
         stack.attach(backbone, 0)
         module: Any = Module(backbone, stack)
-        module.prepared = lambda batch: batch["pixel_values"]
-        sharding.shard(module)
         batch = {"pixel_values": torch.zeros(2, 3, 32, 32)}
-        with pytest.raises(UserError, match="cannot divide vit_tiny_patch16_224: it reads weights of its blocks"):
+        sharding.check_forward(module, batch)
+        sharding.shard(module)
+        with pytest.raises(UserError, match=r"reads weights of its blocks outside of them \(.*DTensor"):
             sharding.check_forward(module, batch)
 
-    def follow(config: Any, folder: Path, join: Callable[[], None]) -> None:
-        join()
-        body()
-
-    with pytest.MonkeyPatch.context() as patch:
-        following.fork(patch)
-        with ranks.several(SimpleNamespace(trainer=Trainer(devices=2)), tmp_path, follow):
-            body()
+    in_two(body, tmp_path)
