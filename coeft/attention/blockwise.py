@@ -1,11 +1,13 @@
 """coeff_attention by blocks of query rows: exact, without ever holding all maps of a layer.
 
-A block is some query rows of some batch items, of all heads. Its scores, maps and mixed maps live in buffers that are
-allocated once a call and sized for the processor's cache; the backward pass computes the maps again, block by block,
-from the inputs. So memory grows with the number of tokens, not with its square.
+A block is some query rows of some batch items, of all heads. Its maps, and in the backward pass their gradients, lie in
+two buffers that are allocated once a call and sized for the processor's cache; heads are mixed in place, a cacheful at
+a time. The backward pass computes the maps again, block by block, from the inputs. So memory grows with the number of
+tokens, not with its square. Keys and values are laid out once a call as the matrix products read them fastest.
 
-Row log-sum-exps are not kept: the backward takes a fused softmax again instead of one exponential, and needs no memory
-for it. Whether keeping them would be faster was not measured.
+Row log-sum-exps are not kept. With them the backward would subtract and exponentiate, two passes over a block (measured:
+0.75 ns an entry on one core with AVX-512) in the place of one fused softmax (1.05 ns), but the forward would need the
+maximum of each row twice more (0.4 ns).
 
 In half precision the matrix products take and give that type (accumulated in float32); softmax, dropout, mixing and
 sums over blocks are float32. So the scores, the mixed maps and their gradients are rounded once each, as in attention
@@ -14,17 +16,21 @@ that is not fused, and small coefficients count in full.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 20
-"""Entries of a block's maps over all heads, roughly: 4 MB in float32."""
-MIN_ROWS = 128
-"""Fewer query rows make slow matrix products: for as many a block may grow to 4 * BLOCK entries."""
+BLOCK = 1 << 19
+"""Entries of a block's maps over all heads, roughly: 2 MB in float32, what a core has as its own cache."""
+MIN_ROWS = 64
+"""Fewer query rows make slow matrix products: for as many a block may grow to 6 * BLOCK entries."""
 FEWEST_ROWS = 16
+PIECE = 1 << 18
+"""Entries of the piece of a block that is mixed at a time."""
+PACKED = 1 << 22
+"""Entries up to which keys are laid out in both ways, for the scores and for the gradient of the queries."""
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -54,28 +60,71 @@ def blockwise(
 
 @dataclass(slots=True)
 class _Block:
-    """Query rows of some batch items: b items, R rows, m keys that they may see; KV key heads of G query heads each."""
+    """R query rows of b batch items, and the m keys that they may see; KV key heads of G query heads each."""
 
     items: slice
     rows: slice
     keys: int
+    """m"""
     first: bool
     """The first block of these items."""
     last: bool
-    sizes: tuple[int, int, int]
-    """b, R, m"""
     query: Tensor
     """(b * KV, G * R, E), scaled"""
-    key: Tensor
-    """(b * KV, m, E)"""
-    value: Tensor
-    """(b * KV, m, D)"""
     maps: Tensor
     """(b, H, R, m), after the softmax"""
     dropped: Tensor
     """maps after dropout, without its factor 1 / (1 - p), which is part of the coefficients"""
     kept: Tensor | None
     """ones and zeros of the dropout"""
+
+
+class _Buffers:
+    """Memory by name, allocated once and used again for every block."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._flat: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Contiguous and uninitialised. A name always has one type: that of all buffers unless told otherwise."""
+        size = math.prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+        return flat[:size].view(shape)
+
+
+class _Packed:
+    """The keys or values of some batch items, (b * KV, M, E), laid out for products as they are asked for."""
+
+    def __init__(self, tensor: Tensor, name: str, buffers: _Buffers, reused: bool) -> None:
+        b, heads, M, E = tensor.shape
+        self.tensor, self.name, self.buffers, self.reused = tensor, name, buffers, reused
+        self.shape = (b * heads, M, E)
+        self._rows: Tensor | None = None
+        self._columns: Tensor | None = None
+
+    def rows(self, count: int) -> Tensor:
+        """(b * KV, count, E): the first tokens, as rows."""
+        if self._rows is None:
+            if self._columns is not None and self.reused and self.tensor.numel() > PACKED:
+                self._rows = self._columns.transpose(1, 2)  # slower, but long inputs are not held a third time
+            else:
+                packed = self.buffers(f"{self.name} rows", *self.tensor.shape, dtype=self.tensor.dtype)
+                self._rows = packed.copy_(self.tensor).view(self.shape)
+        return self._rows[:, :count]
+
+    def columns(self, count: int) -> Tensor:
+        """(b * KV, E, count): the first tokens, as columns."""
+        if self._columns is None:
+            if self.reused:
+                b, heads, M, E = self.tensor.shape
+                packed = self.buffers(f"{self.name} columns", b, heads, E, M, dtype=self.tensor.dtype)
+                self._columns = packed.copy_(self.tensor.transpose(2, 3)).view(b * heads, E, M)
+            else:  # one product does not repay the transposition
+                self._columns = self.rows(self.shape[1]).transpose(1, 2)
+        return self._columns[:, :, :count]
 
 
 class _Blocks:
@@ -93,24 +142,20 @@ class _Blocks:
         is_causal: bool,
         scale: float,
     ) -> None:
-        self.query, self.key, self.value = query, key, value
-        self.is_causal, self.scale = is_causal, scale
+        self.query, self.is_causal, self.scale = query, is_causal, scale
+        self.inputs = {"key": key, "value": value}
         B, H, N, _ = query.shape
         self.kv_heads, M = key.shape[1], key.shape[2]
-        rows = max(BLOCK // (H * M), min(MIN_ROWS, 4 * BLOCK // (H * M)), FEWEST_ROWS)
-        if H * N * M <= 2 * BLOCK:
-            rows = N
-        self.rows = math.ceil(N / math.ceil(N / rows))  # blocks of equal size
-        self.items = min(B, max(1, BLOCK // 2 // (H * self.rows * M)))
+        self.row_count, self.item_count = _sizes(B, H, N, M)
         self.low = query.dtype in LOW
         self.exact = torch.float32 if self.low else query.dtype
+        self.buffer = _Buffers(self.exact, query.device)
         self.keep = 1 - dropout_p
+        self.factor = 1 / self.keep if self.keep > 0 else 0.0  # everything is dropped at p = 1
+        self.coeff = coeff.to(self.exact) * self.factor
         self.generator: torch.Generator | None = None
         if seed is not None:
             self.generator = torch.Generator(query.device).manual_seed(int(seed))
-        factor = 1 / self.keep if self.keep > 0 else 0.0  # everything is dropped at p = 1
-        self.coeff = coeff.to(self.exact) * factor
-        self.factor = factor
         self.hidden = self.bias = self.empty = None
         if mask is not None:
             shape = (B, H, N, M)
@@ -122,54 +167,33 @@ class _Blocks:
                 self.hidden = closed.expand(shape)
             else:
                 self.bias = mask.to(self.exact).expand(shape)
-        self._flat: dict[str, Tensor] = {}
-
-    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Contiguous memory, uninitialised; the same for the same name. Of the exact type unless told otherwise."""
-        size = math.prod(shape)
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < size:
-            flat = self._flat[name] = torch.empty(size, dtype=dtype or self.exact, device=self.query.device)
-        return flat[:size].view(shape)
 
     def __iter__(self) -> Iterator[_Block]:
         B, H, N, E = self.query.shape
-        M = self.value.shape[-2]
-        KV = self.kv_heads
-        starts = range(0, N, self.rows)
-        # long causal rows first, so that the first buffers are the largest
-        for b0 in range(0, B, self.items):
-            items = slice(b0, min(B, b0 + self.items))
-            b = items.stop - b0
-            # packed: models hand over slices of a joint projection, which every product would copy or stride through
-            key, value = (t[items].contiguous().view(b * KV, M, -1) for t in (self.key, self.value))
-            for r0 in reversed(starts):
-                rows = slice(r0, min(N, r0 + self.rows))
+        M = self.inputs["key"].shape[2]
+        starts = range(0, N, self.row_count)
+        for i0 in range(0, B, self.item_count):
+            items = slice(i0, min(B, i0 + self.item_count))
+            b = items.stop - i0
+            self.key, self.value = (
+                _Packed(tensor[items], name, self.buffer, len(starts) > 1) for name, tensor in self.inputs.items()
+            )
+            for r0 in reversed(starts):  # long causal rows first, so that the first buffers are the largest
+                rows = slice(r0, min(N, r0 + self.row_count))
                 R = rows.stop - r0
                 m = min(M, rows.stop) if self.is_causal else M
                 query = self.buffer("query", b, H, R, E, dtype=self.query.dtype)
                 torch.mul(self.query[items, :, rows], self.scale, out=query)
-                block = _Block(
-                    items=items,
-                    rows=rows,
-                    keys=m,
-                    first=r0 == starts[-1],
-                    last=r0 == 0,
-                    sizes=(b, R, m),
-                    query=query.view(b * KV, -1, E),
-                    key=key[:, :m],
-                    value=value[:, :m],
-                    maps=self.buffer("maps", b, H, R, m),
-                    dropped=self.buffer("maps", b, H, R, m),
-                    kept=None,
-                )
+                maps = self.buffer("maps", b, H, R, m)
+                first, last = r0 == starts[-1], r0 == 0
+                block = _Block(items, rows, m, first, last, self.grouped(query), maps, maps, None)
                 self._fill(block)
                 yield block
 
     def _fill(self, block: _Block) -> None:
         """Scores, softmax and dropout of a block."""
         maps, m = block.maps, block.keys
-        self.between(maps, block.query, block.key.transpose(1, 2))
+        self.product_into(maps, block.query, self.key.columns(m))
         where = (block.items, slice(None), block.rows)
         if self.is_causal and m > block.rows.start + 1:
             ahead = slice(block.rows.start, m)  # keys before are seen by every row of the block
@@ -186,36 +210,53 @@ class _Blocks:
             block.kept = self.buffer("kept", *maps.shape).bernoulli_(self.keep, generator=self.generator)
             block.dropped = torch.mul(maps, block.kept, out=self.buffer("dropped", *maps.shape))
 
-    def by_group(self, maps: Tensor) -> Tensor:
-        """(b, H, R, ...) contiguous -> (b * KV, G * R, ...): what shares a key head as the rows of one matrix."""
+    # Products with a block's maps. Heads that share a key head are the rows of one matrix.
+
+    def grouped(self, maps: Tensor) -> Tensor:
+        """(b, H, R, ...) contiguous -> (b * KV, G * R, ...)."""
         return maps.view(maps.shape[0] * self.kv_heads, -1, maps.shape[-1])
 
-    def mix(self, maps: Tensor, name: str, *, transpose: bool = False) -> Tensor:
-        """sum_h coeff[g, h] maps_h, or with `transpose` sum_g coeff[g, h] maps_g, in the buffer `name`."""
-        out = self.buffer(name, *maps.shape)
-        b, H = maps.shape[:2]
-        coeff = (self.coeff.T if transpose else self.coeff).expand(b, H, H)
-        torch.bmm(coeff, maps.view(b, H, -1), out=out.view(b, H, -1))
-        return out
+    def upstream(self, grad: Tensor, block: _Block) -> Tensor:
+        """The gradient of the block's rows of the output (B, H, N, D): (b * KV, G * R, D)."""
+        rows = grad[block.items, :, block.rows]
+        return self.grouped(self.buffer("grad", *rows.shape, dtype=grad.dtype).copy_(rows))
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """left @ right, batches of matrices, in the buffer `name` and the type of the inputs."""
         out = self.buffer(name, left.shape[0], left.shape[1], right.shape[2], dtype=self.query.dtype)
         return torch.bmm(left, right, out=out)
 
-    def between(self, maps: Tensor, left: Tensor, right: Tensor) -> None:
+    def product_into(self, maps: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """left @ right, grouped, into `maps`, (b, H, R, m) in the exact type."""
         if self.low:
-            self.by_group(maps).copy_(self.product("narrow", left, right))
+            self.grouped(maps).copy_(self.product("narrow", left, right))
         else:
-            torch.bmm(left, right, out=self.by_group(maps))
+            torch.bmm(left, right, out=self.grouped(maps))
+        return maps
 
     def narrow(self, maps: Tensor) -> Tensor:
         """(b, H, R, m), grouped and in the type of the inputs, for a product: valid until the next one is asked for."""
-        grouped = self.by_group(maps)
-        if not self.low:
-            return grouped
-        return self.buffer("narrow", *grouped.shape, dtype=self.query.dtype).copy_(grouped)
+        return self.grouped(self._narrow_buffer(maps).copy_(maps) if self.low else maps)
+
+    def mixed(self, maps: Tensor) -> Tensor:
+        """sum_h coeff[g, h] maps_h, as `narrow` gives it. `maps` (b, H, R, m) are overwritten, or as good as."""
+        return self.grouped(self._mix(self.coeff, maps, self._narrow_buffer(maps) if self.low else maps))
+
+    def unmixed_(self, slope: Tensor) -> Tensor:
+        """sum_g coeff[g, h] slope_g, the gradient of what was mixed, in the place of slope (b, H, R, m)."""
+        return self._mix(self.coeff.T, slope, slope)
+
+    def _narrow_buffer(self, maps: Tensor) -> Tensor:
+        return self.buffer("narrow", *maps.shape, dtype=self.query.dtype)
+
+    def _mix(self, coeff: Tensor, maps: Tensor, into: Tensor) -> Tensor:
+        b, H = maps.shape[:2]
+        flat, target = maps.view(b, H, -1), into.view(b, H, -1)
+        coeff = coeff.expand(b, H, H)
+        for start in range(0, flat.shape[2], width := max(1, PIECE // (b * H))):
+            piece = flat[:, :, start : start + width]
+            target[:, :, start : start + width] = torch.bmm(coeff, piece, out=self.buffer("piece", *piece.shape))
+        return into
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """<left_g, right_h> for all pairs of heads of (b, H, R, m), summed over items: (H, H)."""
@@ -224,161 +265,153 @@ class _Blocks:
             return torch.bmm(left[0].transpose(0, 1), right[0].permute(1, 2, 0)).sum(0)
         return torch.bmm(left.view(b, H, -1), right.view(b, H, -1).transpose(1, 2)).sum(0)
 
-    def accumulate(self, target: Tensor, name: str, block: _Block, left: Tensor, right: Tensor) -> None:
-        """Add left^T @ right to the gradient of the items' keys or values; write it to `target` with the last block."""
-        sums = self.buffer(name, left.shape[0], target.shape[2], right.shape[2])
-        part = sums[:, : block.keys]
+
+@dataclass(slots=True)
+class _Sum:
+    """The gradient of keys or values, which every block adds to; in half precision summed in float32."""
+
+    source: Tensor
+    """(B, KV, M, E)"""
+    blocks: _Blocks
+    name: str
+    _result: Tensor | None = field(default=None, init=False)
+
+    def add(self, block: _Block, left: Tensor, right: Tensor) -> None:
+        """Add left^T @ right to the gradient of the block's keys."""
+        items = self.source[block.items]
+        shape = (items.shape[0] * items.shape[1], *items.shape[2:])
+        low = self.blocks.low
+        total = self.blocks.buffer(self.name, *shape) if low else self.result[block.items].view(shape)
+        part = total[:, : block.keys]
         if block.first:  # it has all the keys that any block has
-            sums[:, block.keys :].zero_()
-        if not self.low:
+            total[:, block.keys :].zero_()
+        if not low:
             torch.baddbmm(part, left.transpose(1, 2), right, beta=0 if block.first else 1, out=part)
-        elif block.first:
-            part.copy_(self.product("product", left.transpose(1, 2), right))
-        else:
-            product = self.product("product", left.transpose(1, 2), right)
-            part.add_(self.buffer("wide", *product.shape).copy_(product))  # add_ alone would allocate that each time
+            return
+        product = self.blocks.product("product", left.transpose(1, 2), right)
+        if block.first:
+            part.copy_(product)
+        else:  # by way of a buffer: add_ alone would allocate one each time
+            part.add_(self.blocks.buffer("wide", *product.shape).copy_(product))
         if block.last:
-            target[block.items].copy_(sums.view(target[block.items].shape))
+            self.result[block.items].copy_(total.view(items.shape))
+
+    @property
+    def result(self) -> Tensor:
+        """In the type of the inputs; allocated when it is first written to."""
+        if self._result is None:
+            self._result = self.source.new_empty(self.source.shape)
+        return self._result
+
+
+def _sizes(B: int, H: int, N: int, M: int) -> tuple[int, int]:
+    """Rows and items of a block."""
+    rows = max(BLOCK // (H * M), min(MIN_ROWS, 6 * BLOCK // (H * M)), FEWEST_ROWS)
+    if H * N * M <= BLOCK * 5 // 4:
+        rows = N
+    rows = math.ceil(N / math.ceil(N / rows))  # blocks of equal size
+    return rows, min(B, max(1, BLOCK // (H * rows * M)))
 
 
 # One opaque operator for the forward and one for the backward: torch.compile takes them as they are.
 
+INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor coeff, Tensor? mask, Tensor? seed, "
+    "float dropout_p, bool is_causal, float scale"
+)
+TENSORS = 6
+"""How many of INPUTS are tensors."""
 
-@torch.library.custom_op("coeft::blockwise_attention", mutates_args=())
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    coeff: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    out = _output(query, value)
+
+def _attend(*inputs: Any) -> Tensor:
+    query, _, value, *_ = inputs
+    out = _output(*inputs)
     with torch.autocast(query.device.type, enabled=False):
-        blocks = _Blocks(query, key, value, coeff, mask, seed, dropout_p, is_causal, scale)
+        blocks = _Blocks(*inputs)
         for block in blocks:
-            mixed = blocks.mix(block.dropped, "mixed")
-            product = blocks.product("out", blocks.narrow(mixed), block.value)
-            out[block.items, :, block.rows] = product.view(block.sizes[0], -1, block.sizes[1], value.shape[-1])
+            product = blocks.product("out", blocks.mixed(block.dropped), blocks.value.rows(block.keys))
+            rows = out[block.items, :, block.rows]
+            rows.copy_(product.view(rows.shape))
     return out
 
 
-@_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    coeff: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    return _output(query, value)
-
-
-def _output(query: Tensor, value: Tensor) -> Tensor:
+def _output(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     """(B, H, N, D) with the memory of (B, N, H, D), since models join the heads next."""
     B, H, N, _ = query.shape
     return query.new_empty((B, N, H, value.shape[-1])).transpose(1, 2)
 
 
-@torch.library.custom_op("coeft::blockwise_attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    coeff: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients(needs: list[bool], grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and coeff; an empty tensor where `needs` says no.
 
-    With A_h the maps and D_g = G_g v_g^T:
+    With A_h the maps, after dropout, and D_g = G_g v_g^T:
 
         d coeff_gh = <D_g, A_h>     d v_g = (sum_h coeff_gh A_h)^T G_g     d A_h = sum_g coeff_gh D_g
     """
-    dq, dk, dv, dcoeff = _gradients(query, key, value, coeff, needs)
-    need_q, need_k, need_v, need_coeff = needs
+    query, key, value, coeff, *_ = inputs
+    need_query, need_key, need_value, need_coeff = needs
     with torch.autocast(query.device.type, enabled=False):
-        blocks = _Blocks(query, key, value, coeff, mask, seed, dropout_p, is_causal, scale)
-        total = torch.zeros(coeff.shape, dtype=blocks.exact, device=coeff.device)
+        blocks = _Blocks(*inputs)
+        dq = query.new_empty(query.shape if need_query else 0)
+        dk, dv = _Sum(key, blocks, "dk"), _Sum(value, blocks, "dv")
+        dcoeff = torch.zeros(coeff.shape, dtype=blocks.exact, device=coeff.device)
         for block in blocks:
-            b, R, _ = block.sizes
-            upstream = blocks.by_group(grad[block.items, :, block.rows].contiguous())
-            if need_v:
-                mixed = blocks.mix(block.dropped, "mixed")
-                blocks.accumulate(dv, "dv", block, blocks.narrow(mixed), upstream)
-            if not (need_q or need_k or need_coeff):
-                continue
-            slope = blocks.buffer("slope", *block.maps.shape)
-            blocks.between(slope, upstream, block.value.transpose(1, 2))  # D
-            if need_coeff:
-                total += blocks.inner(slope, block.dropped)
-            if not (need_q or need_k):
-                continue
-            slope = blocks.mix(slope, "mixed", transpose=True)
-            if block.kept is not None:
-                slope.mul_(block.kept)
-            softmax_backward(slope, block.maps, -1, slope.dtype, grad_input=slope)
-            scores = blocks.narrow(slope)
-            if need_q:
-                product = blocks.product("dq", scores, block.key)
-                torch.mul(product.view(b, -1, R, query.shape[-1]), scale, out=dq[block.items, :, block.rows])
-            if need_k:
-                blocks.accumulate(dk, "dk", block, scores, block.query)
-        if need_coeff:
-            dcoeff.copy_(total.mul_(blocks.factor))
-    return dq, dk, dv, dcoeff
+            upstream = blocks.upstream(grad, block)
+            if need_query or need_key or need_coeff:
+                slope = blocks.buffer("slope", *block.maps.shape)
+                blocks.product_into(slope, upstream, blocks.value.columns(block.keys))  # D
+                if need_coeff:
+                    dcoeff += blocks.inner(slope, block.dropped)
+            if need_query or need_key:
+                blocks.unmixed_(slope)
+                if block.kept is not None:
+                    slope.mul_(block.kept)
+                softmax_backward(slope, block.maps, -1, slope.dtype, grad_input=slope)
+                scores = blocks.narrow(slope)
+                if need_query:
+                    rows = dq[block.items, :, block.rows]
+                    product = blocks.product("dq", scores, blocks.key.rows(block.keys))
+                    torch.mul(product.view(rows.shape), blocks.scale, out=rows)
+                if need_key:
+                    dk.add(block, scores, block.query)
+            if need_value:  # last, since mixing overwrites the maps
+                dv.add(block, blocks.mixed(block.dropped), upstream)
+    none = query.new_empty(0)
+    return (
+        dq,
+        dk.result if need_key else none,
+        dv.result if need_value else query.new_empty(0),
+        (dcoeff * blocks.factor).to(coeff.dtype) if need_coeff else coeff.new_empty(0),
+    )
 
 
 softmax_backward: Any = torch.ops.aten._softmax_backward_data.out
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    coeff: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(query, key, value, coeff, needs)
-
-
-def _gradients(
-    query: Tensor, key: Tensor, value: Tensor, coeff: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dcoeff = (
-        t.new_empty(t.shape if need else 0) for t, need in zip((query, key, value, coeff), needs, strict=True)
-    )
-    return dq, dk, dv, dcoeff
+def _fake_gradients(needs: list[bool], grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=False))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.options = inputs[TENSORS:]
 
 
 def _derive(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
-    given = _backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    given = _backward(needs, grad, *ctx.saved_tensors, *ctx.options)
     return (*(g if need else None for g, need in zip(given, needs, strict=True)), *[None] * 5)
 
 
+_forward = torch.library.custom_op(
+    "coeft::blockwise_attention", _attend, mutates_args=(), schema=f"({INPUTS}) -> Tensor"
+)
+_forward.register_fake(_output)
 _forward.register_autograd(_derive, setup_context=_save)
+_backward = torch.library.custom_op(
+    "coeft::blockwise_attention_backward",
+    _gradients,
+    mutates_args=(),
+    schema=f"(bool[] needs, Tensor grad, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_backward.register_fake(_fake_gradients)
