@@ -1,9 +1,9 @@
 """coeff_attention by blocks of query rows: exact, without ever holding all maps of a layer.
 
-A block is some query rows of some batch items, of all heads. Its maps, and in the backward pass their gradients, lie in
-two buffers that are allocated once a call and sized for the processor's cache; heads are mixed in place, a cacheful at
-a time. The backward pass computes the maps again, block by block, from the inputs. So memory grows with the number of
-tokens, not with its square. Keys and values are laid out once a call as the matrix products read them fastest.
+A block is some query rows of some batch items, of all heads. Its maps, and what is computed from them, lie in three
+buffers that all blocks share and that the next call finds again. The backward pass computes the maps again, block by
+block, from the inputs. So memory grows with the number of tokens, not with its square. Keys and values are laid out
+once a call as the matrix products read them fastest.
 
 Row log-sum-exps are not kept. With them the backward would subtract and exponentiate, two passes over a block (measured:
 0.75 ns an entry on one core with AVX-512) in the place of one fused softmax (1.05 ns), but the forward would need the
@@ -16,21 +16,22 @@ that is not fused, and small coefficients count in full.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 19
-"""Entries of a block's maps over all heads, roughly: 2 MB in float32, what a core has as its own cache."""
-MIN_ROWS = 64
-"""Fewer query rows make slow matrix products: for as many a block may grow to 6 * BLOCK entries."""
+BLOCK = 1 << 20
+"""Entries of a block's maps over all heads, roughly: 4 MB in float32. Of several small items, half as many."""
+MIN_ROWS = 128
+"""Fewer query rows make slow matrix products: for as many a block may grow to 3 * BLOCK entries."""
 FEWEST_ROWS = 16
-PIECE = 1 << 18
-"""Entries of the piece of a block that is mixed at a time."""
 PACKED = 1 << 22
 """Entries up to which keys are laid out in both ways, for the scores and for the gradient of the queries."""
+SPARE = 1 << 26
+"""Bytes of buffers that are kept from one call to the next on a CPU, which would have to map their memory each time."""
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -91,16 +92,33 @@ class _Buffers:
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = self._flat[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+            self._flat.pop(name, None)
+            with torch.inference_mode(False):  # a later call may be outside of it
+                flat = self._flat[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
         return flat[:size].view(shape)
+
+    def bytes(self) -> int:
+        return sum(flat.nbytes for flat in self._flat.values())
+
+
+_spare: dict[tuple[torch.dtype, torch.device], _Buffers] = {}
+
+
+@contextmanager
+def _buffers(inputs: torch.dtype, exact: torch.dtype, device: torch.device) -> Iterator[_Buffers]:
+    """Those of the last call of the same types, unless another thread has them."""
+    buffers = _spare.pop((inputs, device), None) or _Buffers(exact, device)
+    yield buffers  # lost if the call fails
+    if device.type == "cpu" and buffers.bytes() <= SPARE:
+        _spare[inputs, device] = buffers
 
 
 class _Packed:
     """The keys or values of some batch items, (b * KV, M, E), laid out for products as they are asked for."""
 
-    def __init__(self, tensor: Tensor, name: str, buffers: _Buffers, reused: bool) -> None:
+    def __init__(self, tensor: Tensor, name: str, buffers: _Buffers, transpose: bool) -> None:
         b, heads, M, E = tensor.shape
-        self.tensor, self.name, self.buffers, self.reused = tensor, name, buffers, reused
+        self.tensor, self.name, self.buffers, self.transpose = tensor, name, buffers, transpose
         self.shape = (b * heads, M, E)
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
@@ -108,7 +126,7 @@ class _Packed:
     def rows(self, count: int) -> Tensor:
         """(b * KV, count, E): the first tokens, as rows."""
         if self._rows is None:
-            if self._columns is not None and self.reused and self.tensor.numel() > PACKED:
+            if self._columns is not None and self.tensor.numel() > PACKED:
                 self._rows = self._columns.transpose(1, 2)  # slower, but long inputs are not held a third time
             else:
                 packed = self.buffers(f"{self.name} rows", *self.tensor.shape, dtype=self.tensor.dtype)
@@ -118,11 +136,11 @@ class _Packed:
     def columns(self, count: int) -> Tensor:
         """(b * KV, E, count): the first tokens, as columns."""
         if self._columns is None:
-            if self.reused:
+            if self.transpose:
                 b, heads, M, E = self.tensor.shape
                 packed = self.buffers(f"{self.name} columns", b, heads, E, M, dtype=self.tensor.dtype)
                 self._columns = packed.copy_(self.tensor.transpose(2, 3)).view(b * heads, E, M)
-            else:  # one product does not repay the transposition
+            else:
                 self._columns = self.rows(self.shape[1]).transpose(1, 2)
         return self._columns[:, :, :count]
 
@@ -141,15 +159,16 @@ class _Blocks:
         dropout_p: float,
         is_causal: bool,
         scale: float,
+        *,
+        buffer: _Buffers,
     ) -> None:
-        self.query, self.is_causal, self.scale = query, is_causal, scale
+        self.query, self.is_causal, self.scale, self.buffer = query, is_causal, scale, buffer
         self.inputs = {"key": key, "value": value}
         B, H, N, _ = query.shape
         self.kv_heads, M = key.shape[1], key.shape[2]
         self.row_count, self.item_count = _sizes(B, H, N, M)
         self.low = query.dtype in LOW
-        self.exact = torch.float32 if self.low else query.dtype
-        self.buffer = _Buffers(self.exact, query.device)
+        self.exact = buffer.dtype
         self.keep = 1 - dropout_p
         self.factor = 1 / self.keep if self.keep > 0 else 0.0  # everything is dropped at p = 1
         self.coeff = coeff.to(self.exact) * self.factor
@@ -175,8 +194,9 @@ class _Blocks:
         for i0 in range(0, B, self.item_count):
             items = slice(i0, min(B, i0 + self.item_count))
             b = items.stop - i0
-            self.key, self.value = (
-                _Packed(tensor[items], name, self.buffer, len(starts) > 1) for name, tensor in self.inputs.items()
+            self.key, self.value = (  # one product alone does not repay a transposition
+                _Packed(tensor[items], name, self.buffer, transpose=len(starts) > 1)
+                for name, tensor in self.inputs.items()
             )
             for r0 in reversed(starts):  # long causal rows first, so that the first buffers are the largest
                 rows = slice(r0, min(N, r0 + self.row_count))
@@ -236,27 +256,17 @@ class _Blocks:
 
     def narrow(self, maps: Tensor) -> Tensor:
         """(b, H, R, m), grouped and in the type of the inputs, for a product: valid until the next one is asked for."""
-        return self.grouped(self._narrow_buffer(maps).copy_(maps) if self.low else maps)
+        grouped = self.grouped(maps)
+        if not self.low:
+            return grouped
+        return self.buffer("narrow", *grouped.shape, dtype=self.query.dtype).copy_(grouped)
 
-    def mixed(self, maps: Tensor) -> Tensor:
-        """sum_h coeff[g, h] maps_h, as `narrow` gives it. `maps` (b, H, R, m) are overwritten, or as good as."""
-        return self.grouped(self._mix(self.coeff, maps, self._narrow_buffer(maps) if self.low else maps))
-
-    def unmixed_(self, slope: Tensor) -> Tensor:
-        """sum_g coeff[g, h] slope_g, the gradient of what was mixed, in the place of slope (b, H, R, m)."""
-        return self._mix(self.coeff.T, slope, slope)
-
-    def _narrow_buffer(self, maps: Tensor) -> Tensor:
-        return self.buffer("narrow", *maps.shape, dtype=self.query.dtype)
-
-    def _mix(self, coeff: Tensor, maps: Tensor, into: Tensor) -> Tensor:
+    def mix(self, coeff: Tensor, maps: Tensor, name: str) -> Tensor:
+        """sum_h coeff[g, h] maps_h of (b, H, R, m), in the buffer `name`."""
+        out = self.buffer(name, *maps.shape)
         b, H = maps.shape[:2]
-        flat, target = maps.view(b, H, -1), into.view(b, H, -1)
-        coeff = coeff.expand(b, H, H)
-        for start in range(0, flat.shape[2], width := max(1, PIECE // (b * H))):
-            piece = flat[:, :, start : start + width]
-            target[:, :, start : start + width] = torch.bmm(coeff, piece, out=self.buffer("piece", *piece.shape))
-        return into
+        torch.bmm(coeff.expand(b, H, H), maps.view(b, H, -1), out=out.view(b, H, -1))
+        return out
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """<left_g, right_h> for all pairs of heads of (b, H, R, m), summed over items: (H, H)."""
@@ -306,11 +316,9 @@ class _Sum:
 
 def _sizes(B: int, H: int, N: int, M: int) -> tuple[int, int]:
     """Rows and items of a block."""
-    rows = max(BLOCK // (H * M), min(MIN_ROWS, 6 * BLOCK // (H * M)), FEWEST_ROWS)
-    if H * N * M <= BLOCK * 5 // 4:
-        rows = N
+    rows = max(BLOCK // (H * M), min(MIN_ROWS, 3 * BLOCK // (H * M)), FEWEST_ROWS)
     rows = math.ceil(N / math.ceil(N / rows))  # blocks of equal size
-    return rows, min(B, max(1, BLOCK // (H * rows * M)))
+    return rows, min(B, max(1, BLOCK // 2 // (H * rows * M)))
 
 
 # One opaque operator for the forward and one for the backward: torch.compile takes them as they are.
@@ -323,13 +331,21 @@ TENSORS = 6
 """How many of INPUTS are tensors."""
 
 
+@contextmanager
+def _blocks(*inputs: Any) -> Iterator[_Blocks]:
+    """The blocks of a call, as autocast leaves them alone."""
+    query = inputs[0]
+    exact = torch.float32 if query.dtype in LOW else query.dtype
+    with torch.autocast(query.device.type, enabled=False), _buffers(query.dtype, exact, query.device) as buffer:
+        yield _Blocks(*inputs, buffer=buffer)
+
+
 def _attend(*inputs: Any) -> Tensor:
-    query, _, value, *_ = inputs
     out = _output(*inputs)
-    with torch.autocast(query.device.type, enabled=False):
-        blocks = _Blocks(*inputs)
+    with _blocks(*inputs) as blocks:
         for block in blocks:
-            product = blocks.product("out", blocks.mixed(block.dropped), blocks.value.rows(block.keys))
+            mixed = blocks.mix(blocks.coeff, block.dropped, "mixed")
+            product = blocks.product("out", blocks.narrow(mixed), blocks.value.rows(block.keys))
             rows = out[block.items, :, block.rows]
             rows.copy_(product.view(rows.shape))
     return out
@@ -350,38 +366,39 @@ def _gradients(needs: list[bool], grad: Tensor, *inputs: Any) -> tuple[Tensor, T
     """
     query, key, value, coeff, *_ = inputs
     need_query, need_key, need_value, need_coeff = needs
-    with torch.autocast(query.device.type, enabled=False):
-        blocks = _Blocks(*inputs)
+    with _blocks(*inputs) as blocks:
         dq = query.new_empty(query.shape if need_query else 0)
         dk, dv = _Sum(key, blocks, "dk"), _Sum(value, blocks, "dv")
         dcoeff = torch.zeros(coeff.shape, dtype=blocks.exact, device=coeff.device)
         for block in blocks:
             upstream = blocks.upstream(grad, block)
-            if need_query or need_key or need_coeff:
-                slope = blocks.buffer("slope", *block.maps.shape)
-                blocks.product_into(slope, upstream, blocks.value.columns(block.keys))  # D
-                if need_coeff:
-                    dcoeff += blocks.inner(slope, block.dropped)
-            if need_query or need_key:
-                blocks.unmixed_(slope)
-                if block.kept is not None:
-                    slope.mul_(block.kept)
-                softmax_backward(slope, block.maps, -1, slope.dtype, grad_input=slope)
-                scores = blocks.narrow(slope)
-                if need_query:
-                    rows = dq[block.items, :, block.rows]
-                    product = blocks.product("dq", scores, blocks.key.rows(block.keys))
-                    torch.mul(product.view(rows.shape), blocks.scale, out=rows)
-                if need_key:
-                    dk.add(block, scores, block.query)
-            if need_value:  # last, since mixing overwrites the maps
-                dv.add(block, blocks.mixed(block.dropped), upstream)
-    none = query.new_empty(0)
+            if need_value:
+                dv.add(block, blocks.narrow(blocks.mix(blocks.coeff, block.dropped, "mixed")), upstream)
+            if not (need_query or need_key or need_coeff):
+                continue
+            slope = blocks.buffer("mixed", *block.maps.shape)
+            blocks.product_into(slope, upstream, blocks.value.columns(block.keys))  # D
+            if need_coeff:
+                dcoeff += blocks.inner(slope, block.dropped)
+            if not (need_query or need_key):
+                continue
+            slope = blocks.mix(blocks.coeff.T, slope, "slope")
+            if block.kept is not None:
+                slope.mul_(block.kept)
+            softmax_backward(slope, block.maps, -1, slope.dtype, grad_input=slope)
+            scores = blocks.narrow(slope)
+            if need_query:
+                rows = dq[block.items, :, block.rows]
+                product = blocks.product("dq", scores, blocks.key.rows(block.keys))
+                torch.mul(product.view(rows.shape), blocks.scale, out=rows)
+            if need_key:
+                dk.add(block, scores, block.query)
+    empty = query.new_empty(0), query.new_empty(0), coeff.new_empty(0)
     return (
         dq,
-        dk.result if need_key else none,
-        dv.result if need_value else query.new_empty(0),
-        (dcoeff * blocks.factor).to(coeff.dtype) if need_coeff else coeff.new_empty(0),
+        dk.result if need_key else empty[0],
+        dv.result if need_value else empty[1],
+        (dcoeff * blocks.factor).to(coeff.dtype) if need_coeff else empty[2],
     )
 
 

@@ -6,7 +6,9 @@ registers two names, one for each attention that a model may run before:
 
     coeft_eager, coeft_sdpa     a layer with a child `coeff_mix`: the model file's own eager_attention_forward gives
                                 the maps (so softcap, sinks, position biases, scaling and dropout stay the model's),
-                                which are mixed and multiplied with the values; any other layer: eager or sdpa as before
+                                which are mixed and multiplied with the values, or, where plain attention that would
+                                run sdpa is large, the whole attention goes to the mixer (coeft/attention/hf_fused.py);
+                                any other layer: eager or sdpa as before
 
 No class is edited and no parameter of the model changes its name. Which layers a model has is found by a forward in
 which every layer that asks the interface is noted; the tables below only give names and reasons. transformers says
@@ -29,8 +31,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from coeft.attention import hf_fused
 from coeft.attention.mixer import CoeffMixer
-from coeft.attention.site import AttentionSite, drop_hooks
+from coeft.attention.site import BOTH_ROUTES, AttentionSite, drop_hooks
 from coeft.errors import UserError
 
 log = logging.getLogger("coeft")
@@ -115,6 +118,8 @@ class _Call:
 
     module: nn.Module
     heads: int
+    plain: bool
+    """Whether its file computes plain scaled-dot-product attention."""
     problem: str | None
     """Why its maps cannot be mixed."""
 
@@ -166,7 +171,8 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> tup
     for key, call in found.items():
         name = names[key]
         install = partial(_install, name, call.module, top, call.heads)
-        sites.append(AttentionSite(name, call.module, call.heads, ROUTE, install))
+        route = BOTH_ROUTES if call.plain and _would_run(top, call.module) == SDPA else ROUTE
+        sites.append(AttentionSite(name, call.module, call.heads, route, install))
     return sites, None
 
 
@@ -374,6 +380,12 @@ def _ours(top: PreTrainedModel, name: str | None) -> str:
     return EAGER if name in ("eager", None) or not top._supports_sdpa else SDPA
 
 
+def _would_run(top: PreTrainedModel, module: nn.Module) -> str:
+    """coeft's name for what an attention layer runs."""
+    config = getattr(module, "config", None)
+    return _ours(top, getattr(config, "_attn_implementation", top.config._attn_implementation))
+
+
 # Hooks of an attention module with a mixer: functions of this file that find the mixer on the module they are called
 # for, so that a deep copy of the model acts on its own mixers.
 
@@ -422,13 +434,17 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a layer: query (B, H, N, E), key (B, H_kv, M, E), value (B, H_kv, M, D) -> (B, N, H, D), maps.
 
-    The maps are (B, H, N, M), mixed where the layer has a mixer; what a layer without one gives is its own business.
+    The maps are (B, H, N, M), mixed where the layer has a mixer, or None on the fused route; what a layer without one
+    gives is its own business.
     """
     eager = _eager_of(module)
     mixer = getattr(module, "coeff_mix", None)
     if mixer is None or not mixer.mixes:
         return (base or eager)(module, query, key, value, attention_mask, **kwargs)
     mask = attention_mask
+    if base is not None and hf_fused.offer(eager, kwargs):
+        if mixer.takes_all(query.shape[0], query.shape[2], key.shape[2]):
+            return hf_fused.attend(mixer, module, query, key, value, mask, **kwargs), None
     if base is not None:
         mask = _additive(module, query, key, attention_mask, kwargs.get("is_causal"))
     # of a value of width one, since only the maps are wanted
@@ -457,7 +473,8 @@ def _additive(
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask.dtype != torch.bool:
         return mask
-    low = torch.finfo(query.dtype).min  # not -inf: a row that is masked everywhere must not give NaN
+    # not -inf: a row that is masked everywhere must not give NaN, also where the softmax is taken in float32
+    low = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
     return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, low)
 
 
@@ -475,7 +492,7 @@ def _note(
         again = (maps @ _per_head(value, query)).transpose(1, 2)
         if output.shape != again.shape or not torch.allclose(output.float(), again.float(), rtol=1e-2, atol=1e-3):
             problem = "does not multiply the maps that it returns with the values"
-    _calls.append(_Call(module, query.shape[1], problem))
+    _calls.append(_Call(module, query.shape[1], hf_fused.offer(_eager_of(module), kwargs), problem))
     return output, maps
 
 

@@ -136,12 +136,12 @@ class CoeffMixer(nn.Module):
             delta = delta.to(maps.dtype).expand(maps.shape[0], -1, -1)
             return torch.baddbmm(flat, delta, flat).view(maps.shape)
 
-    def takes_all(self, items: int, tokens: int) -> bool:
+    def takes_all(self, items: int, queries: int, keys: int) -> bool:
         """Whether a layer that has both ways hands its whole attention over, for so many items and tokens."""
         if not self.mixes:
             return False
         if self.route == "auto":
-            return prefers_blocks(items, self.num_heads, tokens, tokens)
+            return prefers_blocks(items, self.num_heads, queries, keys)
         return self.route == "fused"
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+BOTH_ROUTES = "fused if large, else maps"
+
 
 @dataclass(frozen=True)
 class AttentionSite:

@@ -17,11 +17,10 @@ from torch import nn
 
 from coeft.attention import timm_fused
 from coeft.attention.mixer import CoeffMixer
-from coeft.attention.site import AttentionSite, drop_hooks
+from coeft.attention.site import BOTH_ROUTES, AttentionSite, drop_hooks
 from coeft.errors import UserError
 
 ROUTE = "maps (attn_drop)"
-BOTH_ROUTES = "fused if large, else maps"
 
 # class -> families. Post-softmax maps of shape (B, H, N, M), H = module.num_heads, pass through module.attn_drop.
 SUPPORTED = {

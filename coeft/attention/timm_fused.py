@@ -57,7 +57,7 @@ def _forward(function: Callable[..., Tensor], module: Any, x: Tensor, *args: Any
     # Exactly the mixer's hook on attn_drop: a second one wants to see the maps; without it (attn_drop was replaced) or
     # with fused_attn switched on, timm's own forward passes the mixer by, which the mixer's guard reports.
     alone = len(module.attn_drop._forward_hooks) == 1
-    if alone and not module.fused_attn and module.coeff_mix.takes_all(x.shape[0], x.shape[1]):
+    if alone and not module.fused_attn and module.coeff_mix.takes_all(x.shape[0], x.shape[1], x.shape[1]):
         return function(module, x, *args, **kwargs)
     return type(module).forward(module, x, *args, **kwargs)
 

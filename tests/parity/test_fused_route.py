@@ -118,7 +118,8 @@ def test_masks_and_causal_attention() -> None:
 
 def test_auto_goes_by_the_number_of_tokens() -> None:
     small, large = CoeffMixer(6), CoeffMixer(12)
-    assert not small.takes_all(64, 17) and large.takes_all(16, 197) and not large.takes_all(1, 50)
+    assert not small.takes_all(64, 17, 17) and large.takes_all(16, 197, 197) and not large.takes_all(1, 50, 50)
+    assert not large.takes_all(16, 1, 4096)  # one new token after a cache
     model, _ = both("vit", tiny_model("vit", img_size=128))
     seen = count_maps(model)
     model(torch.randn(2, 3, 128, 128))  # 257 tokens, 3 heads: few enough for the cache
