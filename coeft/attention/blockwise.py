@@ -5,9 +5,9 @@ buffers that all blocks share and that the next call finds again. The backward p
 block, from the inputs. So memory grows with the number of tokens, not with its square. Keys and values are laid out
 once a call as the matrix products read them fastest.
 
-Row log-sum-exps are not kept. With them the backward would subtract and exponentiate, two passes over a block (measured:
-0.75 ns an entry on one core with AVX-512) in the place of one fused softmax (1.05 ns), but the forward would need the
-maximum of each row twice more (0.4 ns).
+Row log-sum-exps are not kept. With them the backward would subtract and exponentiate, two passes over a block (0.75 ns
+an entry, measured on one core with AVX-512) in the place of one fused softmax (1.05 ns), but the forward would need
+the maximum of each row twice more (0.4 ns).
 
 In half precision the matrix products take and give that type (accumulated in float32); softmax, dropout, mixing and
 sums over blocks are float32. So the scores, the mixed maps and their gradients are rounded once each, as in attention

@@ -166,7 +166,7 @@ def test_gradcheck(options: dict) -> None:
 
 def test_dropout_is_the_same_in_the_backward() -> None:
     """Finite differences hold when every call draws the same; a linear function of the values shows which maps."""
-    given = inputs(2, 3, 3, 7, 6)
+    given = inputs(1, 2, 2, 5, 4, 2, 2)
 
     def call(*tensors: Tensor) -> Tensor:
         torch.manual_seed(3)
