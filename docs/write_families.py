@@ -52,10 +52,12 @@ ask transformers' attention interface. A model is taken when every attention lay
 maps that it returns with the values. Softcap, sinks, position biases, scaling, masks and dropout stay the model's own;
 caches, generation, gradient checkpointing and `torch.compile` work as before.
 
-Layers with coefficients compute their maps as eager attention does, whatever ran before, so that their memory grows
-with the square of the length; layers without keep eager or sdpa attention as they were. Flash and flex attention, which
-give no maps, are replaced by sdpa. Attaching sets the model's attention implementation to `coeft_eager` or
-`coeft_sdpa`; whoever switches it away gets an error in the next forward.
+Layers with coefficients compute their maps as eager attention does. Of a model that runs sdpa, layers whose file
+computes plain scaled-dot-product attention hand large inputs to `coeff_attention` as a whole: memory then grows with
+the length, not with its square, and no maps are returned, as by sdpa (`dry_run`: "{both}"). A model with
+eager attention keeps its maps. Layers without coefficients keep eager or sdpa attention as they were. Flash and flex
+attention, which give no maps, are replaced by sdpa. Attaching sets the model's attention implementation to
+`coeft_eager` or `coeft_sdpa`; whoever switches it away gets an error in the next forward.
 
 ### Tested
 
