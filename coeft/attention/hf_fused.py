@@ -54,8 +54,9 @@ def _is_plain(eager: Callable[..., Any]) -> bool:
 
 
 def offer(eager: Callable[..., Any], options: dict[str, Any]) -> bool:
-    """Whether a layer that calls this eager_attention_forward with these options computes plain attention."""
-    return options.get("softcap") is None and options.get("position_bias") is None and _is_plain(eager)
+    """Whether a layer that calls this eager_attention_forward with these options wants plain attention and no maps."""
+    changed = options.get("softcap") is not None or options.get("position_bias") is not None
+    return not changed and not options.get("output_attentions") and _is_plain(eager)
 
 
 def attend(

@@ -120,8 +120,9 @@ def test_one_more_statement_is_not_plain_attention(extra: str, plain: bool, tmp_
         assert not hf_fused.offer(from_source("".join(lines), tmp_path), {})  # another order
 
 
-def test_a_softcap_or_a_position_bias_at_a_call_takes_the_maps() -> None:
+def test_a_softcap_or_a_position_bias_at_a_call_or_a_wish_for_maps_takes_the_maps() -> None:
     eager = sys.modules["transformers.models.gemma3.modeling_gemma3"].eager_attention_forward
     assert hf_fused.offer(eager, {"softcap": None, "scaling": 1.0})
     assert not hf_fused.offer(eager, {"softcap": 30.0})
     assert not hf_fused.offer(eager, {"position_bias": torch.zeros(1)})
+    assert not hf_fused.offer(eager, {"output_attentions": True})
