@@ -170,7 +170,7 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> tup
     sites = []
     for key, call in found.items():
         name = names[key]
-        install = partial(_install, name, call.module, top, call.heads)
+        install = partial(_install, name, call.module, top, call.heads, call.plain)
         route = BOTH_ROUTES if call.plain and _would_run(top, call.module) == SDPA else ROUTE
         sites.append(AttentionSite(name, call.module, call.heads, route, install))
     return sites, None
@@ -330,7 +330,7 @@ def _configs(top: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _install(name: str, module: nn.Module, top: PreTrainedModel, heads: int, mixer: nn.Module) -> None:
+def _install(name: str, module: nn.Module, top: PreTrainedModel, heads: int, plain: bool, mixer: nn.Module) -> None:
     """Put a mixer into an attention module of transformers, and set the model's attention implementation to coeft's.
 
     Raises:
@@ -341,6 +341,7 @@ def _install(name: str, module: nn.Module, top: PreTrainedModel, heads: int, mix
         raise UserError(f"{name} has a coeff mixer already: attach a stack to a fresh model")
     if mixer.num_heads != heads:
         raise ValueError(f"{name} has {heads} heads, the mixer {mixer.num_heads}")
+    mixer.plain = plain
     _switch(top)
     module.add_module("coeff_mix", mixer)
     module.register_forward_pre_hook(_on_start)
@@ -442,9 +443,9 @@ def _attention(
     if mixer is None or not mixer.mixes:
         return (base or eager)(module, query, key, value, attention_mask, **kwargs)
     mask = attention_mask
-    if base is not None and hf_fused.offer(eager, kwargs):
-        if mixer.takes_all(query.shape[0], query.shape[2], key.shape[2]):
-            return hf_fused.attend(mixer, module, query, key, value, mask, **kwargs), None
+    fits = base is not None and mixer.plain and hf_fused.unchanged(kwargs)
+    if fits and mixer.takes_all(query.shape[0], query.shape[2], key.shape[2]):
+        return hf_fused.attend(mixer, module, query, key, value, mask, **kwargs), None
     if base is not None:
         mask = _additive(module, query, key, attention_mask, kwargs.get("is_causal"))
     # of a value of width one, since only the maps are wanted
@@ -492,7 +493,8 @@ def _note(
         again = (maps @ _per_head(value, query)).transpose(1, 2)
         if output.shape != again.shape or not torch.allclose(output.float(), again.float(), rtol=1e-2, atol=1e-3):
             problem = "does not multiply the maps that it returns with the values"
-    _calls.append(_Call(module, query.shape[1], hf_fused.offer(_eager_of(module), kwargs), problem))
+    plain = hf_fused.is_plain(_eager_of(module)) and hf_fused.unchanged(kwargs)
+    _calls.append(_Call(module, query.shape[1], plain, problem))
     return output, maps
 
 

@@ -42,7 +42,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
 
 
 @cache
-def _is_plain(eager: Callable[..., Any]) -> bool:
+def is_plain(eager: Callable[..., Any]) -> bool:
     """Whether every statement of an eager_attention_forward is one of STEPS, in that order."""
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(eager))).body
@@ -53,10 +53,10 @@ def _is_plain(eager: Callable[..., Any]) -> bool:
     return bool(body) and all(any(ast.unparse(line) in step for step in steps) for line in body)
 
 
-def offer(eager: Callable[..., Any], options: dict[str, Any]) -> bool:
-    """Whether a layer that calls this eager_attention_forward with these options wants plain attention and no maps."""
+def unchanged(options: dict[str, Any]) -> bool:
+    """Whether the options of a call leave plain attention what it is, and nobody wants the maps."""
     changed = options.get("softcap") is not None or options.get("position_bias") is not None
-    return not changed and not options.get("output_attentions") and _is_plain(eager)
+    return not changed and not options.get("output_attentions")
 
 
 def attend(

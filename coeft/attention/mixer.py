@@ -90,6 +90,7 @@ class CoeffMixer(nn.Module):
         self.active = False  # set by forward, so that the layer can tell whether its maps were mixed
         self.had_fused_attn = False  # whether a layer of timm ran fused before the mixer came
         self.aside = False  # whether that layer runs as it did before, because the mixer does not mix
+        self.plain = False  # whether a layer of transformers computes plain attention
         self.coeff_alpha = self._trained(init, device)
 
     def _trained(self, init: str, device: torch.device | str | None) -> Any:

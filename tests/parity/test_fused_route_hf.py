@@ -114,15 +114,26 @@ def test_one_more_statement_is_not_plain_attention(extra: str, plain: bool, tmp_
         "    attn_output = torch.matmul(attn_weights, value)\n",
         "    return attn_output, attn_weights\n",
     ]
-    assert hf_fused.offer(from_source("".join(lines), tmp_path), {}) is plain
+    assert hf_fused.is_plain(from_source("".join(lines), tmp_path)) is plain
     lines[2:4] = lines[3:1:-1]
     if plain:
-        assert not hf_fused.offer(from_source("".join(lines), tmp_path), {})  # another order
+        assert not hf_fused.is_plain(from_source("".join(lines), tmp_path))  # another order
 
 
 def test_a_softcap_or_a_position_bias_at_a_call_or_a_wish_for_maps_takes_the_maps() -> None:
-    eager = sys.modules["transformers.models.gemma3.modeling_gemma3"].eager_attention_forward
-    assert hf_fused.offer(eager, {"softcap": None, "scaling": 1.0})
-    assert not hf_fused.offer(eager, {"softcap": 30.0})
-    assert not hf_fused.offer(eager, {"position_bias": torch.zeros(1)})
-    assert not hf_fused.offer(eager, {"output_attentions": True})
+    assert hf_fused.unchanged({"softcap": None, "scaling": 1.0})
+    assert not hf_fused.unchanged({"softcap": 30.0})
+    assert not hf_fused.unchanged({"position_bias": torch.zeros(1)})
+    assert not hf_fused.unchanged({"output_attentions": True})
+
+
+def test_compile_takes_the_fused_route() -> None:
+    model, mixers = mixed("llama")
+    for mixer in mixers:
+        mixer.route = "fused"
+    inputs = tiny_inputs("llama")
+    with torch.no_grad():
+        expected = result(model, inputs)
+        torch._dynamo.reset()
+        got = result(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
