@@ -119,6 +119,7 @@ def save_adapter(
                     "kind": backbone.kind,
                     "name": backbone.name,
                     "preprocessing": asdict(backbone.preprocessing) if backbone.preprocessing else None,
+                    **({"hearing": asdict(backbone.hearing)} if backbone.hearing else {}),
                     **base,
                 },
                 "versions": versions(),

@@ -3,23 +3,24 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coeft import adapter_io, ranks
 from coeft.adapt import Stack
-from coeft.backbones._backbone import Backbone, Preprocessing
+from coeft.backbones._backbone import Backbone, Fbank, Hearing, Preprocessing
 from coeft.config import TrainConfig, Trainer, allowed_by
 from coeft.data._images import ImageEncoder, resolve_preprocessing
 from coeft.data._part import Batch, Encoder, Part
 from coeft.data._settings import check_text
 from coeft.data._transforms import Augment, Normalize
+from coeft.data.audio_folder import AudioFolder
 from coeft.errors import UserError
 from coeft.module import TuningModule
 from coeft.run import Run
@@ -45,6 +46,10 @@ def build_backbone(cfg: TrainConfig) -> Backbone:
     backbone = cfg.backbone.build(num_classes=0, seed=cfg.seed, image_size=cfg.data.image_size, head=cfg.task.head)
     if backbone.preprocessing is not None:
         backbone.preprocessing = resolve_preprocessing(cfg.data, backbone.preprocessing)
+    if isinstance(cfg.data, AudioFolder) and backbone.modality != "text":
+        from coeft.data._audio import resolve_hearing
+
+        backbone.hearing = resolve_hearing(cfg.data, backbone)
     return backbone
 
 
@@ -55,6 +60,12 @@ def encoder(cfg: TrainConfig, backbone: Backbone) -> Encoder:
         UserError: the data has nothing that the backbone takes, settings of images are given for text, or the backbone
             came without a tokenizer.
     """
+    if backbone.hearing is not None:
+        from coeft.data._audio import AudioEncoder
+
+        return AudioEncoder(backbone.hearing, waveforms=bool(cfg.data.on_waveforms))
+    if backbone.modality == "audio":
+        raise UserError(f"data={cfg.data.kind} has no sound, but {backbone.name} takes sound: data=audio_folder has some")
     if backbone.modality == "image":
         assert backbone.preprocessing is not None
         return ImageEncoder(backbone.preprocessing)
@@ -71,19 +82,32 @@ def assemble(cfg: TrainConfig, backbone: Backbone, num_outputs: int, *, fold: in
         backbone.new_head(num_outputs, derive(cfg.seed, "fold", fold))
     stack = Stack(dict(cfg.peft))
     stack.attach(backbone, derive(cfg.seed, "fold", fold))
-    images = backbone.preprocessing
+    prepare, augment = transforms(cfg, backbone)
     module = TuningModule(
         backbone,
         stack,
         cfg.task.build(num_outputs),
         optim=cfg.optim,
-        prepare=Normalize(images.mean, images.std) if images else None,
-        augment=Augment(cfg.data.augment, images) if images and cfg.data.augment else None,
+        prepare=prepare,
+        augment=augment,
         seed=cfg.seed,
         fold=fold,
         on_nan=cfg.trainer.on_nan,
     )
     return Assembled(backbone=backbone, stack=stack, module=module, base=base)
+
+
+def transforms(cfg: TrainConfig, backbone: Backbone) -> tuple[nn.Module | None, nn.Module | None]:
+    """What every batch goes through before the model, and what training batches go through before that."""
+    images, hearing = backbone.preprocessing, backbone.hearing
+    if hearing is not None:
+        from coeft.data._sound_transforms import Features, Picture, SoundAugment
+
+        prepare = Features(hearing) if images is None else Picture(hearing, images)
+        return prepare, SoundAugment(cfg.data, hearing) if cfg.data.augment else None
+    if images is None:
+        return None, None
+    return Normalize(images.mean, images.std), Augment(cfg.data.augment, images) if cfg.data.augment else None
 
 
 def restore(cfg: TrainConfig, adapter: Path) -> tuple[Assembled, list[str]]:
@@ -266,10 +290,27 @@ def quiet() -> None:
 
 def describe_inputs(backbone: Backbone) -> str:
     """One line, such as "images: 28 x 28 px, squash, bicubic, mean [0.5], std [0.5]"."""
+    if backbone.hearing is not None:
+        return f"sound: {describe_hearing(backbone.hearing, backbone.preprocessing)}"
     if backbone.preprocessing is not None:
         return f"images: {describe_preprocessing(backbone.preprocessing)}"
     tokenizer = backbone.tokenizer
     return f"text: {type(tokenizer).__name__}, {len(tokenizer):,} tokens"
+
+
+def describe_hearing(hearing: Hearing, preprocessing: Preprocessing | None) -> str:
+    """Such as "16000 Hz, clips of 5 s, 128 mel bands (htk), 20 to 8000 Hz, windows of 64 ms every 10 ms, ..."."""
+    rate, clip = hearing.sample_rate, f"{hearing.sample_rate} Hz, clips of {hearing.seconds:g} s"
+    if isinstance(features := hearing.features, Fbank):
+        normal = f"mean {features.mean:g}, std {features.std:g}"
+        return f"{clip}, {features.bands} mel bands (kaldi) in {features.frames} frames of 10 ms, {normal}"
+    window, hop = (1000 * samples / rate for samples in (features.n_fft, features.hop_length))
+    bands = f"{features.n_mels} mel bands ({features.mel_scale})"
+    edges = f"{features.f_min:g} to {features.f_max or rate / 2:g} Hz"
+    shown = f"{features.low:g} to {features.high:g} dB of {features.reference}"
+    assert preprocessing is not None
+    picture = describe_preprocessing(replace(preprocessing, resize="squash"))
+    return f"{clip}, {bands}, {edges}, windows of {window:g} ms every {hop:g} ms, {shown}; as pictures: {picture}"
 
 
 def describe_preprocessing(preprocessing: Preprocessing) -> str:

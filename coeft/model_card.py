@@ -30,7 +30,7 @@ def model_card(
     )
     data, base = plain(getattr(cfg.data, "name", None) or ""), plain(backbone.name)
     reached = "no data to measure on" if row["value"] is None else f"{cfg.task.metric} {row['value']:.4f}"
-    noun, inputs = NOUNS[backbone.modality], describe_inputs(backbone)
+    noun, inputs = NOUNS[backbone.data_modality], describe_inputs(backbone)
     on = f"{row['n_test']} test {noun}" if row["n_test"] else f"{row['n_val']} validation {noun}"
     classes = f", {len(class_names)} classes" if class_names else ""
     order = (

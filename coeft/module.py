@@ -120,10 +120,10 @@ class TuningModule(L.LightningModule):
         return self.task.forward(self.backbone, self.prepared(batch), batch, training=self.training)
 
     def prepared(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch without its labels as the backbone takes it: uint8 images are normalised."""
+        """A batch without its labels as the backbone takes it: uint8 images normalised, sounds as pictures."""
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "filler")}
         if self.prepare is not None:
-            inputs["pixel_values"] = self.prepare(inputs["pixel_values"])
+            inputs[self.prepare.gives] = self.prepare(inputs.pop(self.prepare.takes))  # type: ignore[index, arg-type]
         return inputs
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -132,7 +132,7 @@ class TuningModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.augment is not None:
-            batch = {**batch, "pixel_values": self.augment(batch["pixel_values"])}
+            batch = {**batch, self.augment.takes: self.augment(batch[self.augment.takes])}  # type: ignore[dict-item, index]
         loss = self.task.loss(self(batch), batch, training=True)
         weight = self.step.add(loss, batch, self.task)
         if not torch.isfinite(loss):

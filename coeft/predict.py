@@ -38,8 +38,8 @@ def predict(
 
     Args:
         path: a run directory; of a cross-validation without a refit, the folds' probabilities are averaged.
-        inputs: for models of text, see `text_inputs`; for models of images, image files and folders, tables (.csv,
-            .tsv, .jsonl) whose first column or "input" names images, or "-" for such names on standard input; for
+        inputs: for models of text, see `text_inputs`; for models of images or sound, such files and folders, tables
+            (.csv, .tsv, .jsonl) whose first column or "input" names files, or "-" for such names on standard input; for
             multiple choice, tables with the run's columns.
         fold: of a language model, which fold's.
         wishes: of a language model, how the text is made: fields of coeft.answer.Wishes.
@@ -94,8 +94,13 @@ def _inputs(cfg: TrainConfig, inputs: Sequence[str], modality: str) -> Split:
     if modality == "text":
         return text_inputs(inputs, cfg.data, cfg.task.target, cfg.data.on_error)
     names = list(expand(inputs))
+    noun = "sound" if modality == "audio" else "image"
     if not names:
-        raise UserError("nothing to predict: give image files, folders, a table, or - for names on standard input")
+        raise UserError(f"nothing to predict: give {noun} files, folders, a table, or - for names on standard input")
+    if modality == "audio":
+        from coeft.data._audio import sound_inputs
+
+        return sound_inputs(names)
     return image_inputs(names)
 
 

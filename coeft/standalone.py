@@ -171,14 +171,16 @@ def probe_batch(backbone: Backbone) -> tuple[Tensor | dict[str, Any], str]:
     from coeft.attention.hf import probe_inputs
 
     inputs: dict[str, Any] = {}
-    words = cast(Any, backbone.model).config.get_text_config().vocab_size
+    shown = f"{PROBES} random texts of {TOKENS} tokens"
     for name, like in probe_inputs(backbone.model).items():
         if like.is_floating_point():
             inputs[name] = torch.randn(PROBES, *like.shape[1:], generator=draw).to(like)
+            shown = f"{PROBES} random inputs of {' x '.join(map(str, like.shape[1:]))}"
             continue
+        words = cast(Any, backbone.model).config.get_text_config().vocab_size
         inputs[name] = torch.randint(words, (PROBES, TOKENS), generator=draw).to(like)
         inputs[name][:, -1] = like[0, -1]  # some classifiers look for the end of the text
-    return inputs, f"{PROBES} random texts of {TOKENS} tokens"
+    return inputs, shown
 
 
 def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> tuple[Tensor, int]:

@@ -385,7 +385,7 @@ def _fit_fold(
 ) -> Outcome:
     counts = count_parameters(built.backbone, built.stack)
     name = fold_name(cfg, fold)
-    noun = NOUNS[built.backbone.modality]
+    noun = NOUNS[built.backbone.data_modality]
     log.info(
         "%s: %d training, %d validation %s; %s of %s parameters trained",
         name, len(fold.train), len(fold.val or []), noun, f"{counts.trainable:,}", f"{counts.total:,}",

@@ -39,6 +39,7 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+STRIDES = {"frequency_stride": 4, "time_stride": 8}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 TOWERS = {"text_config": ENCODER, "vision_config": VISION}
 SPEECH = {
@@ -65,7 +66,7 @@ class Family:
     heads: list[int]
     """Query heads of every attention layer, in the order of the forward."""
     kind: str = "text"
-    """text: an encoder; causal: a decoder; seq2seq: both; speech; image; both: a text and an image tower."""
+    """text: an encoder; causal: a decoder; seq2seq: both; speech; sound; image; both: a text and an image tower."""
     sdpa: bool = True
     """Whether transformers runs it with sdpa."""
     sliding: dict[str, Any] = field(default_factory=dict)
@@ -97,6 +98,13 @@ FAMILIES = {
     ),
     "vit": Family("ViTForImageClassification", "ViTConfig", VISION, [3, 3], "image"),
     "dinov2": Family("Dinov2ForImageClassification", "Dinov2Config", VISION, [3, 3], "image"),
+    "ast": Family(
+        "ASTForAudioClassification",
+        "ASTConfig",
+        {k: v for k, v in VISION.items() if k != "image_size"} | {"num_mel_bins": 16, "max_length": 24} | STRIDES,
+        [3, 3],
+        "sound",
+    ),
     "siglip": Family("SiglipModel", "SiglipConfig", TOWERS, [3, 3, 3, 3], "both"),
     "clip": Family("CLIPModel", "CLIPConfig", TOWERS | {"projection_dim": 20}, [3, 3, 3, 3], "both"),
     "llama": _decoder("Llama"),
@@ -184,6 +192,8 @@ def tiny_inputs(family: str, padding: str = "", seed: int = 1, tokens: int = 9) 
     inputs: dict[str, Tensor] = {}
     if kind in ("image", "both"):
         inputs["pixel_values"] = torch.randn(2, 3, 32, 32, generator=draw)
+    if kind == "sound":
+        inputs["input_values"] = torch.randn(2, 24, 16, generator=draw)
     if kind == "speech":
         inputs["input_features"] = torch.randn(2, 8, 24, generator=draw)
     if kind in ("text", "causal", "seq2seq", "both"):

@@ -50,6 +50,7 @@ TESTED = {
     "modernbert": ("ModernBERT", "encoder; global and sliding-window layers"),
     "vit": ("ViT", "encoder"),
     "dinov2": ("DINOv2", "encoder"),
+    "audio-spectrogram-transformer": ("AST (Audio Spectrogram Transformer)", "encoder"),
     "siglip": ("SigLIP", "`text_model`, `vision_model`; attention pooling is passed over"),
     "clip": ("CLIP", "`text_model` (causal), `vision_model`"),
     "llama": ("Llama, SmolLM2", "decoder; grouped queries"),
@@ -208,7 +209,9 @@ def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
         inputs["input_features"] = torch.zeros(shape, dtype=top.dtype, device=top.device)
         inputs.pop("input_ids", None)
     if "input_values" in takes and not inputs:
-        inputs["input_values"] = torch.zeros(1, 16000, dtype=top.dtype, device=top.device)
+        bands = getattr(top.config, "num_mel_bins", None)  # of a spectrogram; else a waveform
+        shape = (1, 16000) if bands is None else (1, top.config.max_length, bands)
+        inputs["input_values"] = torch.zeros(shape, dtype=top.dtype, device=top.device)
     if not inputs:
         raise UserError(f"{type(top).__name__} takes {', '.join(takes)}: coeft cannot make inputs of that kind")
     return inputs

@@ -30,6 +30,42 @@ class Preprocessing:
     """crop: resize the shorter side, then crop the centre. squash: resize both sides, as VTAB-1k does."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fbank:
+    """The features that a model of sound takes: Kaldi's log energies of mel bands, as a sequence of frames."""
+
+    sample_rate: int
+    """Hz."""
+    bands: int
+    """Mel bands of a frame."""
+    frames: int
+    """Of a clip, 10 ms each; shorter ones are filled up with zeros, before they are normalised."""
+    mean: float
+    std: float
+    """Features are given as (features - mean) / (2 std)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hearing:
+    """What a sound goes through before the model sees it."""
+
+    sample_rate: int
+    """Hz that it is resampled to."""
+    seconds: float
+    """Length that it is cut or filled up to."""
+    longer: str
+    """centre or start: what is kept of a longer one."""
+    shorter: str
+    """zeros or repeat: what fills up a shorter one."""
+    features: Any
+    """Fbank where the model takes sound; data.spectrogram where it takes the picture of one."""
+
+    @property
+    def samples(self) -> int:
+        """Of a clip."""
+        return round(self.seconds * self.sample_rate)
+
+
 @dataclass(kw_only=True)
 class Backbone:
     """A model with a fresh head, and the facts that methods and training need."""
@@ -40,9 +76,13 @@ class Backbone:
     """The config's backbone kind: timm or hf."""
     model: nn.Module
     modality: str = "image"
-    """What the model takes: image or text."""
+    """What the model takes: image, text or audio."""
     preprocessing: Preprocessing | None = None
     """Of images."""
+    fbank: Fbank | None = None
+    """Of a model of sound."""
+    hearing: Hearing | None = None
+    """Where the data is sound: what is made of it for the model."""
     tokenizer: Any = None
     """Of text: a PreTrainedTokenizerBase."""
     sites: list[AttentionSite] = field(default_factory=list)
@@ -67,12 +107,19 @@ class Backbone:
         return logits
 
     def example(self) -> dict[str, Tensor]:
-        """A batch of one blank sample, before normalisation: an image, or 128 tokens."""
+        """A batch of one blank sample, before normalisation: an image, a sound, or 128 tokens."""
+        if self.hearing is not None:
+            return {"sound": torch.zeros(1, self.hearing.samples)}
         if self.preprocessing is None:
             tokens = torch.zeros(1, 128, dtype=torch.int64)
             return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         channels = len(self.preprocessing.mean)
         return {"pixel_values": torch.zeros(1, channels, *self.preprocessing.image_size, dtype=torch.uint8)}
+
+    @property
+    def data_modality(self) -> str:
+        """The modality of the data: that of the model, but audio where a model of images sees pictures of sounds."""
+        return "audio" if self.hearing is not None else self.modality
 
     @property
     def heads(self) -> list[str]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -31,6 +32,7 @@ from coeft.attention.site import AttentionSite
 from coeft.backbones import _hf_files as files
 from coeft.backbones._backbone import Backbone
 from coeft.backbones._hf_images import checked_size, preprocessing, way_to_size
+from coeft.backbones._hf_sound import fbank, takes_sound
 from coeft.backbones._hf_source import Source, find_source
 from coeft.config import shorten_home
 from coeft.errors import UserError
@@ -77,6 +79,8 @@ class HFBackbone(Backbone):
         inputs: dict[str, Any] = {key: v for key, v in batch.items() if key in takes and key not in NOT_INPUTS}
         if "pixel_values" in inputs:
             inputs |= {"pixel_values": inputs["pixel_values"].to(model.dtype)} | self.image_options
+        if "input_values" in inputs:
+            inputs["input_values"] = inputs["input_values"].to(model.dtype)
         if self._is_causal and "position_ids" in takes and "position_ids" not in inputs and "attention_mask" in inputs:
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         if "use_cache" in takes:
@@ -145,6 +149,8 @@ def build(settings: HF, num_classes: int, seed: int, image_size: int | Sequence[
     if backbone.modality == "image":
         backbone.preprocessing = preprocessing(model, source.folder, size)
         backbone.image_options = way_to_size(model, settings.name, size)
+    elif backbone.modality == "audio":
+        backbone.fbank = fbank(model, source.folder)
     else:
         backbone.tokenizer = files.load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
         _agree_on_padding(model, backbone.tokenizer, settings.name)
@@ -200,6 +206,8 @@ def describe(
         raise UserError(f"{type(model).__name__} is not a model of transformers")
     sites, refusal = find_sites(model, inputs)
     takes = inspect.signature(model.forward).parameters
+    modality = "image" if "pixel_values" in takes and "input_ids" not in takes else "text"
+    modality = "audio" if takes_sound(model) else modality
     return HFBackbone(
         name=name or model.config._name_or_path or type(model).__name__,
         model=model,
@@ -207,7 +215,7 @@ def describe(
         refusal=refusal,
         blocks=block_names(model, sites),
         head=head_name(model),
-        modality="image" if "pixel_values" in takes and "input_ids" not in takes else "text",
+        modality=modality,
         drawn=tuple(drawn),
     )
 
@@ -264,11 +272,12 @@ def _loader(config: Any, head: str, settings: HF) -> Any:
     for loader, mapping in (
         (AutoModelForSequenceClassification, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
         (AutoModelForImageClassification, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+        (AutoModelForAudioClassification, auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
     ):
         if loader.__name__ in own or kind in mapping:
             return loader
     raise UserError(
-        f"backbone: transformers has no classifier of texts or images for {settings.name} ({config.model_type})"
+        f"backbone: transformers has no classifier of texts, images or sound for {settings.name} ({config.model_type})"
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from coeft.adapter_io import write_tensors
 from coeft.backbones._backbone import Backbone, Preprocessing
+from coeft.backbones._hf_sound import extractor_config
 from coeft.run import write_json
 
 RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # numbers of PIL
@@ -73,6 +74,8 @@ def _save_hf(backbone: Backbone, folder: Path, state: dict[str, torch.Tensor], c
         backbone.tokenizer.save_pretrained(folder)
     if backbone.preprocessing is not None:
         write_json(folder / "preprocessor_config.json", _image_processor(backbone.preprocessing))
+    if backbone.fbank is not None:
+        write_json(folder / "preprocessor_config.json", extractor_config(backbone.fbank))
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # safetensors makes it readable by its owner alone

@@ -18,7 +18,7 @@ from coeft.seeding import derive
 log = logging.getLogger(__name__)
 
 EXAMPLES = 5  # names that a message lists
-NOUNS = {"image": "images", "text": "rows"}
+NOUNS = {"image": "images", "text": "rows", "audio": "clips"}
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,6 @@
 """Entries of the cache on disk: prepared once, then read by many processes as memory maps.
 
-An entry is a folder CACHE/images/KEY or CACHE/tokens/KEY. It is written under another name and renamed, so it is whole
+An entry is a folder CACHE/KIND/KEY, where KIND is images, tokens, waveforms or spectrograms. It is written under another name and renamed, so it is whole
 or absent; one that does not pass its checks is built again; only one process at a time builds it.
 """
 
@@ -20,7 +20,13 @@ try:
 except ImportError:  # Windows: two processes may then build the same entry at once, which only costs time
     fcntl = None  # type: ignore[assignment]
 
-WHAT = {"images": "image cache", "tokens": "token cache"}  # folder -> what a message calls it
+# folder -> what a message calls it
+WHAT = {
+    "images": "image cache",
+    "tokens": "token cache",
+    "waveforms": "waveform cache",
+    "spectrograms": "spectrogram cache",
+}
 CHECKED = 2 << 30  # bytes of an entry whose check sums are compared when it is opened
 
 Entry = TypeVar("Entry")
@@ -82,7 +88,7 @@ def obtain(
     """An entry, opened; built first if it is absent or damaged.
 
     Args:
-        kind: images or tokens.
+        kind: a key of WHAT.
         key: a name for all that decides the contents.
         open_entry: reads and checks the entry in a folder; None is absent or damaged.
         fill: writes the files into an empty folder; gives the facts for meta.json, which is written last.

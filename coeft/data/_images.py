@@ -3,14 +3,11 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from coeft.backbones._backbone import Preprocessing
 from coeft.data._cache import decode
-from coeft.data._folders import images_below
+from coeft.data._folders import IMAGES, file_inputs
 from coeft.data._part import Encoded, Progress
 from coeft.data._settings import ImageData
 from coeft.data._source import Split
@@ -74,23 +71,5 @@ def resolve_preprocessing(settings: ImageData, backbone: Preprocessing) -> Prepr
 
 
 def image_inputs(paths: Sequence[str | os.PathLike[str]]) -> Split:
-    """Images to predict: files, and all images below folders, sorted; labels are -1, names the paths as given.
-
-    Raises:
-        UserError: a path does not exist, or a folder has no image.
-    """
-    files: list[Path] = []
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            found = images_below(path).images
-            if not found:
-                raise UserError(f"{given}: the folder has no image")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise UserError(f"{given}: no such file or folder")
-    if not files:
-        raise UserError("no input: give image files or folders")
-    return Split(items=files, labels=np.full(len(files), -1, np.int64), names=[str(path) for path in files])
+    """Images to predict, see file_inputs."""
+    return file_inputs(paths, IMAGES)

@@ -90,15 +90,18 @@ class ImageData:
             if not (value > 0 and math.isfinite(value)):
                 raise UserError(f"data.std must be positive numbers, not {list(self.std or [])}")
         for name in self.augment:
-            if name not in AUGMENTATIONS:
-                raise UserError(f"data.augment: no augmentation {name!r}; {near(str(name), AUGMENTATIONS)}")
+            if name not in self.augmentations:
+                raise UserError(f"data.augment: no augmentation {name!r}; {near(str(name), self.augmentations)}")
         if len(set(self.augment)) < len(self.augment):
             raise UserError(f"data.augment names an augmentation twice: {', '.join(self.augment)}")
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
-    """What the samples can be read as: image, text."""
+    """What the samples can be read as: image, text, audio."""
     targets: ClassVar[tuple[str, ...]] = ("class",)
     """What can be learnt from them: class, classes (several of them), number, text, choice."""
+
+    augmentations: ClassVar[tuple[str, ...]] = AUGMENTATIONS
+    """What `augment` may name."""
 
     def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
         """The splits with their labels; images are not decoded yet, text is not tokenised.

@@ -1,6 +1,7 @@
 """Augmentation and normalisation of a batch of uint8 images, on whatever device it is."""
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from coeft.backbones._backbone import Preprocessing
 class Normalize(nn.Module):
     """(pixels / 255 - mean) / std per channel: uint8 (B, C, H, W) -> float32 of the same shape."""
 
+    takes: ClassVar[str] = "pixel_values"
+    gives: ClassVar[str] = "pixel_values"
+    """Keys of a batch."""
     mean: Tensor
     std: Tensor
 
@@ -31,6 +35,8 @@ class Augment(nn.Module):
     random_resized_crop cuts from the image in its evaluation size, since that is what the cache holds: what
     evaluation crops away is never seen. The identity for no names, and in eval mode.
     """
+
+    takes: ClassVar[str] = "pixel_values"
 
     def __init__(self, names: Sequence[str], preprocessing: Preprocessing) -> None:
         super().__init__()

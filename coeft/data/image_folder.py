@@ -5,8 +5,9 @@ applied, transparency is laid over white, 16 bits are scaled to 8. An optional t
 `path` (relative to ROOT) and further columns lets `cv.group=COLUMN` keep images together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from omegaconf import MISSING
 
@@ -15,6 +16,8 @@ from coeft.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
 
     from coeft.data._source import Source
 
@@ -30,10 +33,13 @@ class ImageFolder(ImageData):
     missing_classes: bool = False
     """Allow val and test to lack some classes of train."""
 
+    wanted: ClassVar[str] = "image"
+    """What is looked for: a key of coeft.data._folders.WANTED."""
+
     def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
         from pathlib import Path
 
-        from coeft.data._folders import existing_folder, groups_of, read_groups, read_split
+        from coeft.data._folders import WANTED, existing_folder, read_split
         from coeft.data._source import Source, Split
 
         root = existing_folder(Path(required("data.root", self.root, "FOLDER")).expanduser(), "data.root")
@@ -44,31 +50,46 @@ class ImageFolder(ImageData):
             if folder is None:
                 splits[part] = None
                 continue
-            split, names = read_split(root, folder, warnings)
+            split, names = read_split(root, folder, warnings, WANTED[self.wanted])
             if part == "train":
                 classes = names
             else:
                 split = self._relabelled(split, names, classes, folder)
             splits[part] = split
         if group is not None:
-            groups = read_groups(root, group)
             for part_split in splits.values():
                 if part_split is not None:
-                    part_split.groups = groups_of(list(part_split.names), groups, root)
+                    part_split.groups = self.group_names(root, group, list(part_split.names))
         train = splits["train"]
         assert train is not None
         return Source(train=train, val=splits["val"], test=splits["test"], class_names=classes, warnings=warnings)
 
+    def group_names(self, root: "Path", group: str, names: Sequence[str]) -> "np.ndarray":
+        """The group of each file, (N,) of str: the column `group` of ROOT/groups.csv.
+
+        Args:
+            names: paths relative to root.
+
+        Raises:
+            UserError: no such file or column, or files without a row.
+        """
+        from coeft.data._folders import groups_of, read_groups
+
+        return groups_of(list(names), read_groups(root, group), root)
+
     def _folders(self, root: "Path") -> "dict[str, Path | None]":
         """train, val, test -> folder."""
-        from coeft.data._folders import class_folders, images_below
+        from coeft.data._folders import WANTED, class_folders, files_below
 
+        wanted = WANTED[self.wanted]
         inside = class_folders(root)
         train = self.split_name("train")
         if train == AUTO:
             usual = usual_name("train", list(inside))
-            # A folder `train` of images without class folders in it may be a class of that name.
-            divided = usual is not None and any(images_below(p).images for p in class_folders(inside[usual]).values())
+            # A folder `train` of files without class folders in it may be a class of that name.
+            divided = usual is not None and any(
+                files_below(path, wanted).files for path in class_folders(inside[usual]).values()
+            )
         else:
             divided = train != "."
         if divided:
@@ -78,7 +99,8 @@ class ImageFolder(ImageData):
         if inside and all(name.lower() in known for name in inside):
             listed = ", ".join(inside)
             raise UserError(
-                f"{root} has {listed}, but no train/CLASS/image.jpg: put class folders with images into train"
+                f"{root} has {listed}, but no train/CLASS/{wanted.example}: put class folders with {wanted.plural} into "
+                "train"
             )
         for part in ("val", "test"):
             if self.split_name(part) not in (None, AUTO):

@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("coeft", "cli") for path in (CHECKOUT / folder).rglob("*.py"))
 # packages that settings may not pull in: a config error must answer at once
 HEAVY = "torch torchvision numpy lightning timm transformers peft datasets sklearn matplotlib torchmetrics"
-HEAVY += " wandb PIL optuna ray"
+HEAVY += " wandb PIL optuna ray soundfile soxr"
 # package -> the only places that may import it, late or not
 PLACES = {
     "hydra": ["cli/"],
@@ -28,6 +28,8 @@ PLACES = {
     "scipy": ["coeft/report/statistics.py"],
     "jinja2": ["coeft/report/page.py", "coeft/data/_chat.py"],
     "ray": ["coeft/sweep/cluster.py"],
+    "soundfile": ["coeft/data/_sound.py"],
+    "soxr": ["coeft/data/_sound.py"],
 }
 # library files that the command line reads before it knows that the config is right
 LIGHT = [
