@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coeft import adapter_io, ranks
 from coeft.adapt import Stack
@@ -19,7 +19,7 @@ from coeft.config import TrainConfig, Trainer, allowed_by
 from coeft.data._images import ImageEncoder, resolve_preprocessing
 from coeft.data._part import Batch, Encoder, Part
 from coeft.data._settings import check_text
-from coeft.data._transforms import Augment, Normalize
+from coeft.data._transforms import Augment, Normalize, Transform
 from coeft.data.audio_folder import AudioFolder
 from coeft.errors import UserError
 from coeft.module import TuningModule
@@ -65,7 +65,9 @@ def encoder(cfg: TrainConfig, backbone: Backbone) -> Encoder:
 
         return AudioEncoder(backbone.hearing, waveforms=bool(cfg.data.on_waveforms))
     if backbone.modality == "audio":
-        raise UserError(f"data={cfg.data.kind} has no sound, but {backbone.name} takes sound: data=audio_folder has some")
+        raise UserError(
+            f"data={cfg.data.kind} has no sound, but {backbone.name} takes sound: data=audio_folder has some"
+        )
     if backbone.modality == "image":
         assert backbone.preprocessing is not None
         return ImageEncoder(backbone.preprocessing)
@@ -97,7 +99,7 @@ def assemble(cfg: TrainConfig, backbone: Backbone, num_outputs: int, *, fold: in
     return Assembled(backbone=backbone, stack=stack, module=module, base=base)
 
 
-def transforms(cfg: TrainConfig, backbone: Backbone) -> tuple[nn.Module | None, nn.Module | None]:
+def transforms(cfg: TrainConfig, backbone: Backbone) -> tuple[Transform | None, Transform | None]:
     """What every batch goes through before the model, and what training batches go through before that."""
     images, hearing = backbone.preprocessing, backbone.hearing
     if hearing is not None:

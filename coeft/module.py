@@ -4,11 +4,11 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from coeft.adapt import Stack
@@ -17,6 +17,9 @@ from coeft.errors import UserError
 from coeft.optim._schedule import factor
 from coeft.seeding import reseed
 from coeft.tasks._task import Task
+
+if TYPE_CHECKING:
+    from coeft.data._transforms import Transform
 
 log = logging.getLogger("coeft")
 
@@ -90,16 +93,16 @@ class TuningModule(L.LightningModule):
         task: Task,
         *,
         optim: Any = None,
-        prepare: nn.Module | None = None,
-        augment: nn.Module | None = None,
+        prepare: "Transform | None" = None,
+        augment: "Transform | None" = None,
         seed: int = 0,
         fold: int = 0,
         on_nan: str = "stop",
     ) -> None:
         super().__init__()
         self.model = backbone.model
-        self.prepare = prepare
-        self.augment = augment
+        self.prepare: Transform | None = prepare
+        self.augment: Transform | None = augment
         self.backbone, self.stack, self.task, self.optim = backbone, stack, task, optim
         self.seed, self.fold = seed, fold
         self.val_metrics, self.test_metrics = task.metrics(), task.metrics()
@@ -123,7 +126,7 @@ class TuningModule(L.LightningModule):
         """A batch without its labels as the backbone takes it: uint8 images normalised, sounds as pictures."""
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "filler")}
         if self.prepare is not None:
-            inputs[self.prepare.gives] = self.prepare(inputs.pop(self.prepare.takes))  # type: ignore[index, arg-type]
+            inputs[self.prepare.gives] = self.prepare(inputs.pop(self.prepare.takes))
         return inputs
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -132,7 +135,7 @@ class TuningModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.augment is not None:
-            batch = {**batch, self.augment.takes: self.augment(batch[self.augment.takes])}  # type: ignore[dict-item, index]
+            batch = {**batch, self.augment.takes: self.augment(batch[self.augment.takes])}
         loss = self.task.loss(self(batch), batch, training=True)
         weight = self.step.add(loss, batch, self.task)
         if not torch.isfinite(loss):

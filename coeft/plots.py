@@ -3,9 +3,11 @@
 import csv
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -90,6 +92,58 @@ def scatter(points: Sequence[Sequence[float]], path: Path) -> None:
     axis.scatter(true, predicted, s=8, alpha=0.5, linewidths=0)
     axis.set(xlabel="true value", ylabel="predicted value")
     axis.grid(alpha=0.25)
+    _save(figure, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrograms:
+    """What pictures of spectrograms have in common."""
+
+    centres: Sequence[float]
+    """Hz of the middle of each band."""
+    frame_rate: float
+    """Frames a second."""
+    unit: str
+    """Of the values."""
+    low: float | None = None
+    high: float | None = None
+    """Values at the ends of the colours; null is the least and the largest of all."""
+
+
+def spectrograms(panels: Sequence[Sequence[tuple[str, np.ndarray]]], look: Spectrograms, path: Path) -> None:
+    """Rows of spectrograms (bands, frames) with a title each, on one scale of colours."""
+    columns = max(map(len, panels))
+    figure, axes = plt.subplots(
+        len(panels), columns, figsize=(2.9 * columns + 1, 2.2 * len(panels) + 0.5), layout="constrained", squeeze=False,
+        sharex=True, sharey=True,
+    )  # fmt: skip
+    every = [array for row in panels for _, array in row]
+    low = min(float(array.min()) for array in every) if look.low is None else look.low
+    high = max(float(array.max()) for array in every) if look.high is None else look.high
+    bands = len(look.centres)
+    marks: list[int] = []
+    places: list[float] = []
+    for hz in (20_000, 10_000, 5000, 2000, 1000, 500, 200, 100):
+        place = float(np.interp(hz, look.centres, np.arange(bands)))
+        if look.centres[0] <= hz <= look.centres[-1] and (not places or places[-1] - place >= bands / 12):
+            marks.append(hz)
+            places.append(place)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, axis_row in zip(panels, axes, strict=True):
+        for (title, array), axis in zip(row, axis_row, strict=False):
+            axis.set_axis_on()
+            seconds = array.shape[1] / look.frame_rate
+            image = axis.imshow(
+                array, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, interpolation="nearest",
+                extent=(0, seconds, -0.5, bands - 0.5),
+            )  # fmt: skip
+            axis.set_title(title if len(title) <= 40 else f"…{title[-39:]}", fontsize="x-small")
+            axis.set_yticks(places, [f"{hz:g}" for hz in marks], fontsize="x-small")
+            axis.tick_params(axis="x", labelsize="x-small")
+    figure.supxlabel("seconds", fontsize="small")
+    figure.supylabel("Hz", fontsize="small")
+    figure.colorbar(image, ax=axes, label=look.unit, shrink=0.8)
     _save(figure, path)
 
 

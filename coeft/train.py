@@ -324,6 +324,11 @@ def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: flo
         stack = " + ".join(cfg.peft) or "head only"
         log.info("%s, %s, data %s", prepared.first.backbone.name, stack, cfg.data.kind)
         log.info("%s", describe_inputs(prepared.first.backbone))
+        if prepared.first.backbone.hearing is not None:
+            from coeft.hearing import show_sounds
+
+            (run_dir / "plots").mkdir(exist_ok=True)
+            show_sounds(prepared.first, data.train, data.class_names, cfg.seed, run_dir / "plots")
         outcomes = _all_folds(cfg, run_dir, prepared, watch, boards)
         task = prepared.first.module.task
         with told(cfg, run_dir, "results"):

@@ -41,6 +41,7 @@ EXPANDABLE = {
     "phi3": Layout("Phi3Attention", joint="qkv_proj"),
     "vit": Layout("ViTAttention", grouped=False),
     "dinov2": Layout("Dinov2Attention", grouped=False),
+    "audio-spectrogram-transformer": Layout("ASTAttention", grouped=False),
 }
 TRIES = 4
 """How many times the heads that are needed to look for a number of heads that the config allows."""

@@ -210,8 +210,8 @@ def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
         inputs.pop("input_ids", None)
     if "input_values" in takes and not inputs:
         bands = getattr(top.config, "num_mel_bins", None)  # of a spectrogram; else a waveform
-        shape = (1, 16000) if bands is None else (1, top.config.max_length, bands)
-        inputs["input_values"] = torch.zeros(shape, dtype=top.dtype, device=top.device)
+        sizes = [16000] if bands is None else [top.config.max_length, bands]
+        inputs["input_values"] = torch.zeros(1, *sizes, dtype=top.dtype, device=top.device)
     if not inputs:
         raise UserError(f"{type(top).__name__} takes {', '.join(takes)}: coeft cannot make inputs of that kind")
     return inputs

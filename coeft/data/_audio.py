@@ -77,8 +77,8 @@ def resolve_hearing(settings: AudioFolder, backbone: Backbone) -> Hearing:
         raise UserError(f"{', '.join(given)}: of pictures, but {backbone.name} takes sound; leave out")
     if not 1 <= frames <= fbank.frames:
         raise UserError(
-            f"data.seconds={settings.seconds:g} makes {frames} frames; {backbone.name} takes 1 to {fbank.frames}, up to "
-            f"{fbank.frames / 100 + 0.015:g} s"
+            f"data.seconds={settings.seconds:g} makes {frames} frames; {backbone.name} takes 1 to {fbank.frames}, "
+            f"up to {fbank.frames / 100 + 0.015:g} s"
         )
     return hearing
 
@@ -139,7 +139,9 @@ class AudioEncoder:
         spectrogram_key = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
         def write(folder: Path) -> dict[str, Any]:
-            rows = (waveforms.fetch(np.arange(start, min(start + CLIPS, shape[0]))) for start in range(0, shape[0], CLIPS))
+            rows = (
+                waveforms.fetch(np.arange(start, min(start + CLIPS, shape[0]))) for start in range(0, shape[0], CLIPS)
+            )
             made = (row for batch in rows for block in _spectrograms(batch, self.hearing) for row in block)
             _write_rows(folder, shape, made)
             return {"samples": shape[0], "made_from": f"{made_from}, {bands} bands"}

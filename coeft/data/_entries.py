@@ -1,7 +1,8 @@
 """Entries of the cache on disk: prepared once, then read by many processes as memory maps.
 
-An entry is a folder CACHE/KIND/KEY, where KIND is images, tokens, waveforms or spectrograms. It is written under another name and renamed, so it is whole
-or absent; one that does not pass its checks is built again; only one process at a time builds it.
+An entry is a folder CACHE/KIND/KEY, where KIND is images, tokens, waveforms or spectrograms. It is written under
+another name and renamed, so it is whole or absent; one that does not pass its checks is built again; only one process
+at a time builds it.
 """
 
 import json

@@ -18,9 +18,7 @@ LISTED = 5  # names that a message lists
 
 
 # what libsndfile reads without being told the format; lower case, with the dot
-SOUND_EXTENSIONS = frozenset(
-    ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split()
-)
+SOUND_EXTENSIONS = frozenset(".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split())
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def files_below(folder: Path, wanted: Wanted = IMAGES) -> Found:
 
 
 def file_inputs(paths: Sequence[str | os.PathLike[str]], wanted: Wanted) -> Split:
-    """Samples to predict: files, and all that are wanted below folders, sorted; labels are -1, names the paths as given.
+    """Samples to predict: files, and all that are wanted below folders, sorted; labels are -1, names paths as given.
 
     Raises:
         UserError: a path does not exist, or a folder has none.
@@ -152,9 +150,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
     return dict(sorted(classes.items()))
 
 
-def read_split(
-    root: Path, folder: Path, warnings: list[str], wanted: Wanted = IMAGES
-) -> tuple[Split, list[str]]:
+def read_split(root: Path, folder: Path, warnings: list[str], wanted: Wanted = IMAGES) -> tuple[Split, list[str]]:
     """The files of FOLDER/CLASS/..., and the class names; labels are their positions.
 
     Raises:
@@ -205,9 +201,7 @@ def read_groups(root: Path, column: str) -> dict[str, str]:
             rows = csv.DictReader(stream)
             columns = list(rows.fieldnames or [])
             if "path" not in columns:
-                raise UserError(
-                    f"{file} has no column 'path' (paths relative to {root}); {near('path', columns)}"
-                )
+                raise UserError(f"{file} has no column 'path' (paths relative to {root}); {near('path', columns)}")
             if column not in columns:
                 others = [name for name in columns if name != "path"]
                 raise UserError(f"cv.group={column}: {file} has no such column; {near(column, others)}")

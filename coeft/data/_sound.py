@@ -9,6 +9,7 @@ import numpy as np
 from coeft.backbones._backbone import Hearing
 from coeft.errors import UserError
 
+HIGHEST = 10_000_000  # Hz, beyond any recorder's
 BLOCK = 1 << 16  # frames that are read at once
 
 
@@ -49,8 +50,8 @@ def read_sound(item: Path | bytes, hearing: Hearing) -> tuple[np.ndarray, float]
     try:
         with soundfile.SoundFile(io.BytesIO(item) if isinstance(item, bytes) else item) as file:
             rate, length = file.samplerate, file.frames
-            if rate <= 0:
-                raise ValueError(f"its header says a sample rate of {rate}")
+            if not 0 < rate <= HIGHEST:
+                raise ValueError(f"its header gives a sample rate of {rate:,} Hz, not 1 to {HIGHEST:,}")
             if length <= 0:
                 raise ValueError("it holds no samples (zero length)")
             wanted = math.ceil(hearing.samples * rate / hearing.sample_rate)
@@ -91,6 +92,8 @@ def _reason(item: Path | bytes, why: str) -> str:
     size = len(item) if isinstance(item, bytes) else item.stat().st_size
     if size == 0:
         return "the file is empty"
+    if "SF_INFO struct incomplete" in why:
+        return "its header gives a sample rate or a number of channels of 0"
     return f"not a sound file that libsndfile reads ({why})"
 
 

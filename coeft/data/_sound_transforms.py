@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from coeft.backbones._backbone import Fbank, Hearing, Preprocessing
 from coeft.data._spectrogram import front_end
-from coeft.data._transforms import Normalize
+from coeft.data._transforms import Normalize, Transform
 from coeft.data.audio_folder import AudioFolder, Strength
 
 STRETCH_FFT = 2048  # samples of the windows that the phase vocoder works with
 
 
-class SoundAugment(nn.Module):
+class SoundAugment(Transform):
     """Random changes of training clips, drawn for each clip from torch's global generator on the CPU.
 
     Takes waveforms (B, T) if any of the augmentations is one of waveforms, else spectrograms (B, bands, frames); gives
@@ -24,6 +24,7 @@ class SoundAugment(nn.Module):
     """
 
     takes: ClassVar[str] = "sound"
+    gives: ClassVar[str] = "sound"
 
     def __init__(self, settings: AudioFolder, hearing: Hearing) -> None:
         super().__init__()
@@ -58,6 +59,12 @@ class SoundAugment(nn.Module):
                 for _ in range(self.strength.masks):
                     spectrogram = mask(spectrogram, self._axis[name], share)
         return spectrogram
+
+
+def spectrograms(front: nn.Module, sound: Tensor) -> Tensor:
+    """Spectrograms (B, bands, frames) of waveforms (B, T), or as they are."""
+    made: Tensor = front(sound) if sound.dim() == 2 else sound
+    return made
 
 
 def _chance(probability: float) -> bool:
@@ -103,9 +110,13 @@ def mask(spectrogram: Tensor, axis: int, share: float) -> Tensor:
 def pitch_shift(clip: Tensor, semitones: float) -> Tensor:
     """(T,) with every frequency times 2^(semitones / 12), of the same length and tempo.
 
-    A phase vocoder (Flanagan and Golden 1966; Laroche and Dolson 1999) stretches time by that factor; resampling the
-    stretched clip to the old length raises the pitch. Frequencies that would pass half the sample rate are left out.
+    A phase vocoder stretches time by that factor, each bin's phase locked to that of the nearest peak (Laroche and
+    Dolson 1999, identity phase locking); resampling the stretched clip to the old length moves the pitch. Frequencies
+    that would pass half the sample rate are left out. Computed on the CPU: sums along a clip and overlapping windows
+    have no deterministic form on CUDA.
     """
+    if clip.device.type != "cpu":
+        return pitch_shift(clip.cpu(), semitones).to(clip.device)
     factor = 2.0 ** (semitones / 12.0)
     stretched = _stretch(clip, factor)
     spectrum = torch.fft.rfft(stretched)
@@ -118,24 +129,37 @@ def _stretch(clip: Tensor, factor: float) -> Tensor:
     """(T,) -> (round(T * factor),): longer by the factor, at the same pitch."""
     n_fft = min(STRETCH_FFT, 1 << (len(clip).bit_length() - 1))
     hop = n_fft // 4
-    window = torch.hann_window(n_fft, device=clip.device)
+    window = torch.hann_window(n_fft)
     spectrum = torch.stft(clip, n_fft, hop, window=window, return_complex=True)  # (bins, frames)
     spectrum = F.pad(spectrum, (0, 2))
-    places = torch.arange(0, spectrum.shape[1] - 2, 1.0 / factor, device=clip.device)
+    places = torch.arange(0, spectrum.shape[1] - 2, 1.0 / factor)
     before = places.floor().long()
     weight = (places - before).to(clip)
     magnitude = (1 - weight) * spectrum[:, before].abs() + weight * spectrum[:, before + 1].abs()
     angle = spectrum.angle()
-    expected = torch.linspace(0, math.pi * hop, spectrum.shape[0], device=clip.device)[:, None]
+    expected = torch.linspace(0, math.pi * hop, spectrum.shape[0])[:, None]
     turned = angle[:, before + 1] - angle[:, before] - expected
     advance = expected + turned - 2 * math.pi * torch.round(turned / (2 * math.pi))
     # In float64, since the phases of a clip add up to thousands of turns.
     phase = torch.cat([angle[:, :1].double(), advance[:, :-1].double()], 1).cumsum(1).remainder(2 * math.pi)
-    made = torch.polar(magnitude, phase.to(magnitude))
+    peak = _nearest_peak(magnitude)
+    here = angle[:, before].double()
+    locked = phase.gather(0, peak) + here - here.gather(0, peak)
+    made = torch.polar(magnitude, locked.remainder(2 * math.pi).to(magnitude))
     return torch.istft(made, n_fft, hop, window=window, length=round(len(clip) * factor))
 
 
-class Picture(nn.Module):
+def _nearest_peak(magnitude: Tensor) -> Tensor:
+    """For every bin of (bins, frames) the nearest one that is the largest among its two neighbours on either side."""
+    count = magnitude.shape[0]
+    bins = torch.arange(count)[:, None]
+    peaks = F.max_pool1d(magnitude.T[:, None], 5, 1, 2)[:, 0].T == magnitude
+    below = torch.where(peaks, bins, -count).cummax(0).values
+    above = torch.where(peaks, bins, 2 * count).flip(0).cummin(0).values.flip(0)
+    return torch.where(bins - below <= above - bins, below, above)
+
+
+class Picture(Transform):
     """Sounds as the pictures that a model of images takes: float32 (B, channels, H, W), low frequencies at the bottom.
 
     Takes waveforms (B, T) or spectrograms (B, bands, frames) in decibels, which become shades between those of
@@ -162,13 +186,12 @@ class Picture(nn.Module):
 
     def shades(self, sound: Tensor) -> Tensor:
         """What is shown, in [0, 1]: (B, bands, frames), the highest band first."""
-        if sound.dim() == 2:
-            sound = self.front(sound)
+        sound = spectrograms(self.front, sound)
         low, high = self.settings.low, self.settings.high
         return ((sound - low) / (high - low)).clamp(0, 1).flip(1)
 
 
-class Features(nn.Module):
+class Features(Transform):
     """Sounds as a model of sound takes them: float32 (B, frames, bands), normalised.
 
     Takes waveforms (B, T) or log energies (B, bands, frames), which are filled up with zeros to the model's frames.
@@ -184,14 +207,12 @@ class Features(nn.Module):
         self.settings: Fbank = hearing.features
 
     def forward(self, sound: Tensor) -> Tensor:
-        if sound.dim() == 2:
-            sound = self.front(sound)
+        sound = spectrograms(self.front, sound)
         filled = F.pad(sound, (0, self.settings.frames - sound.shape[2])).transpose(1, 2)
         return (filled - self.settings.mean) / (2 * self.settings.std)
 
     def shades(self, sound: Tensor) -> Tensor:
         """What is shown, in [0, 1]: (B, bands, frames), the highest band first; each clip over its own range."""
-        if sound.dim() == 2:
-            sound = self.front(sound)
+        sound = spectrograms(self.front, sound)
         low, high = sound.amin((1, 2), keepdim=True), sound.amax((1, 2), keepdim=True)
         return ((sound - low) / (high - low).clamp(min=1e-6)).flip(1)

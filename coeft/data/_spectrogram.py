@@ -82,8 +82,14 @@ def mel_filters(
     return filters
 
 
+def band_centres(n_mels: int, f_min: float, f_max: float, scale: str) -> np.ndarray:
+    """Hz of the middle of each band, float64 (n_mels,)."""
+    low, high = hz_to_mel(np.array([f_min, f_max]), scale)
+    return mel_to_hz(np.linspace(low, high, n_mels + 2), scale)[1:-1]
+
+
 def in_float32(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """Let a forward of waveforms compute in float32 also where training runs in bfloat16, whose logarithms are coarse."""
+    """Let a forward of waveforms compute in float32 where training runs in bfloat16, whose logarithms are coarse."""
 
     @wraps(forward)
     def wrapped(module: Any, waveforms: Tensor) -> Tensor:
@@ -128,6 +134,7 @@ class LogMel(nn.Module):
                 f"data.spectrogram: {empty} of n_mels={settings.n_mels} bands are too narrow to hold a frequency of "
                 f"n_fft={settings.n_fft} at {sample_rate} Hz; raise n_fft, or lower n_mels"
             )
+        self.centres = band_centres(settings.n_mels, settings.f_min, top, settings.mel_scale)
         window = torch.hann_window(settings.n_fft, dtype=torch.float64)
         self.scale = float(4.0 / window.sum() ** 2)  # of the power, so that a sine of full scale has 1
         # Facts of the configuration, so no part of any checkpoint.
@@ -141,9 +148,7 @@ class LogMel(nn.Module):
     @in_float32
     def forward(self, waveforms: Tensor) -> Tensor:
         settings = self.settings
-        spectrum = torch.stft(
-            waveforms, settings.n_fft, settings.hop_length, window=self.window, return_complex=True
-        )
+        spectrum = torch.stft(waveforms, settings.n_fft, settings.hop_length, window=self.window, return_complex=True)
         power = self.filters @ (spectrum.real.square() + spectrum.imag.square()) * self.scale
         decibels = 10.0 * torch.log10(power.clamp(min=SMALLEST))
         if settings.reference == "max":
@@ -170,6 +175,7 @@ class KaldiFbank(nn.Module):
         self.frame_rate = rate / self.hop
         self.n_fft = 1 << (self.length - 1).bit_length()
         filters = mel_filters(self.n_fft // 2 + 1, settings.bands, 20.0, rate // 2, rate, "kaldi", in_mel=True)
+        self.centres = band_centres(settings.bands, 20.0, rate // 2, "kaldi")
         self.register_buffer("window", torch.hann_window(self.length, periodic=False), persistent=False)
         self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
 

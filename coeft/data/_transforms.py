@@ -10,12 +10,18 @@ from torchvision.transforms import InterpolationMode, v2
 from coeft.backbones._backbone import Preprocessing
 
 
-class Normalize(nn.Module):
-    """(pixels / 255 - mean) / std per channel: uint8 (B, C, H, W) -> float32 of the same shape."""
+class Transform(nn.Module):
+    """A change of one entry of a batch."""
 
     takes: ClassVar[str] = "pixel_values"
+    """Key of the entry."""
     gives: ClassVar[str] = "pixel_values"
-    """Keys of a batch."""
+    """Key of what is made of it."""
+
+
+class Normalize(Transform):
+    """(pixels / 255 - mean) / std per channel: uint8 (B, C, H, W) -> float32 of the same shape."""
+
     mean: Tensor
     std: Tensor
 
@@ -29,14 +35,12 @@ class Normalize(nn.Module):
         return images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
 
-class Augment(nn.Module):
+class Augment(Transform):
     """Random changes of training images, drawn for each image from torch's global generator on the CPU.
 
     random_resized_crop cuts from the image in its evaluation size, since that is what the cache holds: what
     evaluation crops away is never seen. The identity for no names, and in eval mode.
     """
-
-    takes: ClassVar[str] = "pixel_values"
 
     def __init__(self, names: Sequence[str], preprocessing: Preprocessing) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class Spectrogram:
     norm: str | None = None
     """slaney gives bands equal areas; null gives them the same peak."""
     reference: str = "full_scale"
-    """What 0 dB is: full_scale, a sine of peak 1, or max, the loudest moment of each clip, which takes its level out."""
+    """What 0 dB is: full_scale, a sine of peak 1, or max, the loudest moment of a clip, which takes its level out."""
     low: float = -100.0
     """dB that the picture shows as black; what lies below is cut."""
     high: float = 0.0
@@ -157,7 +157,8 @@ class AudioFolder(ImageFolder):
             raise UserError(f"{', '.join(given)}: of images; a spectrogram is squashed to data.image_size; leave out")
         if "gain" in self.augment and self.spectrogram.reference == "max":
             raise UserError(
-                "data.augment: gain does nothing where data.spectrogram.reference=max takes the level out; leave one out"
+                "data.augment: gain does nothing where data.spectrogram.reference=max takes the level out; leave one "
+                "out"
             )
         if self.group_pattern is not None and not compiled(self.group_pattern, "data.group_pattern").groupindex:
             raise UserError(

@@ -99,8 +99,8 @@ class ImageFolder(ImageData):
         if inside and all(name.lower() in known for name in inside):
             listed = ", ".join(inside)
             raise UserError(
-                f"{root} has {listed}, but no train/CLASS/{wanted.example}: put class folders with {wanted.plural} into "
-                "train"
+                f"{root} has {listed}, but no train/CLASS/{wanted.example}: put class folders with {wanted.plural} "
+                "into train"
             )
         for part in ("val", "test"):
             if self.split_name(part) not in (None, AUTO):

@@ -253,13 +253,25 @@ def _shown(opened: Opened, row: Prediction) -> Shown:
     shown = Shown(
         name=row.name, label=row.label, prediction=row.prediction, percent=f"{100 * row.confidence:.0f} % sure"
     )
-    backbone = opened.model(opened._model[0] if opened._model else fold)[0].backbone
-    if backbone.modality == "image":
-        pixels = part.fetch([row.index])[0]
+    built, _ = opened.model(opened._model[0] if opened._model else fold)
+    backbone = built.backbone
+    if backbone.modality != "text":
+        pixels = _pixels(built, part, row.index)
         return replace(shown, image=thumbnail(pixels), tiny=max(pixels.shape[-2:]) <= 64)
     tokens = part.batch([row.index])["input_ids"][0]
     text = " ".join(backbone.tokenizer.decode(tokens, skip_special_tokens=True).split())
     return replace(shown, text=text if len(text) <= TEXT else text[: TEXT - 1] + "…")
+
+
+def _pixels(built: "Assembled", part: "Part", index: int) -> np.ndarray:
+    """A sample as a picture, uint8 (C, H, W): an image, or the spectrogram of a sound."""
+    if built.backbone.hearing is None:
+        image: np.ndarray = part.fetch([index])[0]
+        return image
+    prepare: Any = built.module.prepare
+    sound = part.batch([index])["sound"].to(prepare.front.window.device)
+    shades: np.ndarray = (255 * prepare.shades(sound)).round().byte().cpu().numpy()
+    return shades
 
 
 def thumbnail(pixels: np.ndarray) -> str:
@@ -336,7 +348,7 @@ def mixed(opened: Opened, heads: Sequence[tuple[int, int]], count: int = 4) -> M
         raise UserError("this model does not hand out its attention maps")
     model = built.backbone.model
     prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
-    pixels = part.fetch([0])[0]
+    pixels = _pixels(built, part, 0)
     return Mixed(
         image=(pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0)) / 255,
         name=str(part.names[0]),

@@ -217,6 +217,7 @@ def test_the_mixed_layer_of_a_llama_equals_its_formula_with_all_gradients(implem
 PROJECTIONS = {
     "bert": ("query", "key"),
     "vit": ("q_proj", "k_proj"),
+    "ast": ("q_proj", "k_proj"),
     "opt": ("q_proj", "k_proj"),
     "llama": ("q_proj", "k_proj"),
     "t5": ("q", "k"),
