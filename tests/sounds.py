@@ -8,7 +8,9 @@ import numpy as np
 RATE = 16_000
 
 
-def tone(frequency: float, seconds: float = 0.5, rate: int = RATE, *, peak: float = 0.5, phase: float = 0.0) -> np.ndarray:
+def tone(
+    frequency: float, seconds: float = 0.5, rate: int = RATE, *, peak: float = 0.5, phase: float = 0.0
+) -> np.ndarray:
     """A sine, float64 (T,)."""
     return peak * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate + phase)
 
@@ -45,11 +47,11 @@ def write(path: Path, sound: np.ndarray, rate: int = RATE) -> Path:
 
 
 def tones(root: Path, classes: int = 3, clips: int = 10, seconds: float = 0.5) -> Path:
-    """ROOT/CLASS/recN_M.wav: sines a third of an octave or more apart in noise; two clips of each recording N."""
+    """ROOT/CLASS/recN_M.wav: sines an octave and a half apart in noise; two clips of each recording N."""
     draw = np.random.default_rng(0)
     for kind in range(classes):
         for clip in range(clips):
-            frequency = 300 * 2 ** (kind / 2) * (1 + 0.02 * draw.standard_normal())
+            frequency = 300 * 3**kind * (1 + 0.02 * draw.standard_normal())
             sound = tone(frequency, seconds, phase=draw.random()) + 0.01 * draw.standard_normal(round(seconds * RATE))
             write(root / f"tone{kind}" / f"rec{clip // 2}_{clip % 2}.wav", sound)
     return root

@@ -25,6 +25,7 @@ EVERY = "data.augment=[time_shift,pitch,gain,noise,time_mask,frequency_mask]"
 CONVOLUTIONAL = ["backbone=timm", "backbone.name=test_efficientnet", "backbone.pretrained=false", "data.image_size=32"]
 
 
+SHARP = ["data.spectrogram.low=-60", "data.spectrogram.n_mels=16"]  # of tones in pictures of 16 x 16
 VIT = "backbone.options={patch_size: 8, embed_dim: 96, depth: 4, num_heads: 4}"
 
 
@@ -45,7 +46,14 @@ def line(root: Path, *more: str) -> list[str]:
 def run(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT with coeff and LoRA, two folds, all augmentations."""
     folder = tmp_path_factory.mktemp("audio") / "run"
-    more = ["peft=[coeff,lora]", "cv.folds=2", "cv.val_fraction=0.2", "trainer.max_epochs=8", "data.spectrogram.low=-60"]
+    more = [
+        "peft=[coeff,lora]",
+        "cv.folds=2",
+        "cv.val_fraction=0.2",
+        "trainer.max_epochs=6",
+        "peft.lora.lr=5e-3",
+        *SHARP,
+    ]
     assert coeft("train", *TINY, *line(sounds, *more, EVERY, "data.strength.probability=0.3"), f"run_dir={folder}") == 0
     return folder
 
@@ -53,7 +61,7 @@ def run(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folds_on_spectrograms_beat_chance_and_leave_pictures(run: Path) -> None:
     found = results(run)
     assert len(found["folds"]) == 2 and [row["n_test"] for row in found["folds"]] == [15, 15]
-    assert found["mean"] > 0.6 and found["std"] is not None  # chance is a third
+    assert found["mean"] > 0.5 and found["std"] is not None  # chance is a third
     for name in ("spectrograms.png", "augmentations.png", "confusion.png"):
         with Image.open(run / "plots" / name) as picture:
             assert len(np.unique(np.asarray(picture.convert("L")))) > 50, name
@@ -68,7 +76,7 @@ def test_a_folder_and_a_file_of_sound_are_predicted(run: Path, sounds: Path, tmp
     rows = list(csv.DictReader((tmp_path / "all.csv").open(encoding="utf-8")))
     assert len(rows) == 30
     right = [row["prediction"] == Path(row["input"]).parent.name for row in rows]
-    assert sum(right) > 18
+    assert sum(right) > 15
     for row in rows:
         assert sum(float(row[name]) for name in ("tone0", "tone1", "tone2")) == pytest.approx(1, abs=1e-4)
     file = sounds / "tone0" / "rec0_0.wav"
@@ -224,7 +232,9 @@ def test_a_sweep_chooses_between_augmentations(sounds: Path, tmp_path: Path) -> 
     trials = sorted((tmp_path / "sweep" / "trials").iterdir())
     configs = [Run.open(path).config.data for path in trials if (path / "results.json").is_file()]
     assert len(configs) == 2 and all(isinstance(config.augment, list) for config in configs)
-    assert configs[0] != replace(configs[1], root=configs[0].root) or len({str(config.augment) for config in configs}) == 1
+    assert (
+        configs[0] != replace(configs[1], root=configs[0].root) or len({str(config.augment) for config in configs}) == 1
+    )
 
 
 def test_the_recipes_name_three_augmentations_five_folds_and_every_model() -> None:
@@ -250,7 +260,7 @@ def test_the_methods_of_the_recipe_separate_31_rotors_from_chance(tmp_path: Path
     from coeft.export import export_weights
 
     root = rotors(tmp_path / "rotors")
-    other = rotors(tmp_path / "others", 16, 20, seed=1)
+    other = rotors(tmp_path / "others", 16, 12, seed=1)
     small: list[str] = ["data.seconds=0.5", "data.spectrogram.low=-70", "data.spectrogram.f_max=4000", "cv.folds=5"]
     models: dict[str, Any] = {
         "efficientnet": ["backbone=efficientnet_b0", "data.image_size=64"],
@@ -258,7 +268,7 @@ def test_the_methods_of_the_recipe_separate_31_rotors_from_chance(tmp_path: Path
     }
     for name, model in models.items():
         run = tmp_path / f"{name} before"
-        before = ["backbone.pretrained=false", "peft=full", "trainer.max_epochs=12", *small[:-1], "data.batch_size=16"]
+        before = ["backbone.pretrained=false", "peft=full", "trainer.max_epochs=8", *small[:-1], "data.batch_size=16"]
         assert coeft("train", *model, *line(other, *before, "optim.lr=3e-3"), f"run_dir={run}") == 0
         export_weights(run, tmp_path / f"{name}.safetensors")
     tries = {
@@ -268,7 +278,7 @@ def test_the_methods_of_the_recipe_separate_31_rotors_from_chance(tmp_path: Path
     }
     for name, (model, stack) in tries.items():
         weights = ["backbone.pretrained=true", f"backbone.weights={tmp_path / model}.safetensors"]
-        more = line(root, "trainer.max_epochs=8", "data.augment=[time_shift,noise]", *small, "data.batch_size=16")
+        more = line(root, "trainer.max_epochs=5", "data.augment=[time_shift,noise]", *small, "data.batch_size=16")
         assert coeft("train", *models[model], *weights, *stack, *more, f"run_dir={tmp_path / name}") == 0
         found = results(tmp_path / name)
         assert len(found["folds"]) == 5 and found["std"] is not None

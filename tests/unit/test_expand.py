@@ -24,7 +24,7 @@ from coeft.methods.coeff import Coeff
 TIMM = [
     "vit", "vit_registers", "vit_parallel", "deit3", "dinov2", "dinov3", "eva02", "pe", "siglip", "swin", "qwen3",
 ]  # fmt: skip
-HF = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss", "phi3", "vit", "dinov2"]
+HF = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss", "phi3", "vit", "dinov2", "ast"]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -61,7 +61,9 @@ def test_mel_filters_are_those_of_transformers(scale: str, norm: str | None) -> 
         reference = audio_utils.mel_filter_bank(bins, bands, low, high, rate, norm=norm, mel_scale=scale)
         found = mel_filters(bins, bands, low, high, rate, scale, norm=norm)
         np.testing.assert_allclose(found, reference.T, rtol=1e-9, atol=1e-12)
-    reference = audio_utils.mel_filter_bank(257, 128, 20, 8000, 16_000, mel_scale=scale, triangularize_in_mel_space=True)
+    reference = audio_utils.mel_filter_bank(
+        257, 128, 20, 8000, 16_000, mel_scale=scale, triangularize_in_mel_space=True
+    )
     found = mel_filters(257, 128, 20, 8000, 16_000, scale, in_mel=True)
     np.testing.assert_allclose(found, reference.T, rtol=1e-9, atol=1e-12)
 
@@ -95,7 +97,9 @@ def test_zero_decibels_are_a_sine_of_full_scale_or_the_loudest_moment() -> None:
 @pytest.mark.parametrize("extra", [{}, {"num_mel_bins": 64, "max_length": 300, "mean": -1.5, "std": 2.0}])
 def test_features_are_those_of_the_feature_extractor_of_ast(extra: dict[str, Any]) -> None:
     extractor = ASTFeatureExtractor(**extra)
-    assert not hasattr(extractor, "kaldi") and hasattr(extractor, "mel_filters")  # its NumPy way: there is no torchaudio
+    assert not hasattr(extractor, "kaldi") and hasattr(
+        extractor, "mel_filters"
+    )  # its NumPy way: there is no torchaudio
     features = Fbank(
         sample_rate=16_000, bands=extractor.num_mel_bins, frames=extractor.max_length, mean=extractor.mean,
         std=extractor.std,
@@ -126,14 +130,18 @@ def test_bands_without_a_frequency_are_refused() -> None:
 
 
 def test_a_picture_has_low_frequencies_at_the_bottom_and_time_from_left_to_right() -> None:
-    look = Preprocessing(image_size=(32, 48), mean=(0.5, 0.5, 0.5), std=(0.25,) * 3, interpolation="bilinear", crop_pct=1)
+    look = Preprocessing(
+        image_size=(32, 48), mean=(0.5, 0.5, 0.5), std=(0.25,) * 3, interpolation="bilinear", crop_pct=1
+    )
     silence = np.zeros(4000)
     late = torch.from_numpy(np.concatenate([silence, tone(6000.0, 0.25)]))[None].float()
     early = torch.from_numpy(np.concatenate([tone(200.0, 0.25), silence]))[None].float()
     picture = Picture(hearing(), look)
     high, low = picture(torch.cat([late, early]))
     assert high.shape == (3, 32, 48) and torch.equal(high[0], high[2])
-    assert high[0, :16, 24:].amax() > high[0, :, :20].amax() + 1 and high[0, :16].amax() > high[0, 16:, 30:40].amax() + 1
+    assert (
+        high[0, :16, 24:].amax() > high[0, :, :20].amax() + 1 and high[0, :16].amax() > high[0, 16:, 30:40].amax() + 1
+    )
     assert low[0, 16:, :24].amax() > low[0, :, 28:].amax() + 1 and low[0, 16:].amax() > low[0, :16, 8:18].amax() + 1
     assert low.min() >= (0 - 0.5) / 0.25 and low.max() <= (1 - 0.5) / 0.25
     spectrograms = picture.front(torch.cat([late, early]))
@@ -290,7 +298,9 @@ def test_augmented_clips_follow_from_the_seed_and_rest_in_evaluation() -> None:
 # Data
 
 
-def load(root: Path, *, waveforms: bool = False, group: str | None = None, seconds: float = 0.5, **settings: Any) -> Data:
+def load(
+    root: Path, *, waveforms: bool = False, group: str | None = None, seconds: float = 0.5, **settings: Any
+) -> Data:
     data = AudioFolder(root=str(root), seconds=seconds, **settings)
     heard = hearing(seconds=seconds, features=data.spectrogram)
     return load_data(data, seed=0, encoder=AudioEncoder(heard, waveforms=waveforms), group=group)
@@ -406,7 +416,9 @@ def test_groups_may_stand_in_a_table(fresh: Path) -> None:
 
 
 def test_patterns_of_groups_say_what_is_wrong(fresh: Path) -> None:
-    with pytest.raises(UserError, match="cv.group=recordin: data.group_pattern names no such part; did you mean recording"):
+    with pytest.raises(
+        UserError, match="cv.group=recordin: data.group_pattern names no such part; did you mean recording"
+    ):
         load(fresh, group_pattern=r"(?P<recording>rec\d+)", group="recordin")
     (fresh / "tone0" / "other.wav").write_bytes((fresh / "tone0" / "rec0_0.wav").read_bytes())
     with pytest.raises(UserError, match="finds no recording in 1 of 13 names: tone0/other.wav"):
