@@ -240,6 +240,8 @@ def load_inputs(split: Split, encoder: Encoder, on_error: str = "raise") -> Part
         log.warning("%s left out: %s", split.names[row], reason)
     for warning in found.warnings:
         log.warning("%s", warning)
+    if not len(found.good):
+        raise UserError(f"no input can be used; the first: {split.names[0]}: {found.bad[0]}")
     return make_part(_without(split, found.good), found)
 
 

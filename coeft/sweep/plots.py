@@ -141,7 +141,7 @@ def pareto(study: optuna.Study, objectives: list[str], path: Path) -> None:
 def _name(value: Any) -> str:
     if isinstance(value, str) and value.startswith("["):  # a list, as Optuna stores it
         return value.strip("[]").replace('"', "").replace(", ", "+") or "none"
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ("+".join(map(str, value)) or "none") if isinstance(value, list | tuple) else str(value)
 
 
 def _words(objective: str) -> str:
