@@ -237,9 +237,9 @@ def test_a_sweep_chooses_between_augmentations(sounds: Path, tmp_path: Path) -> 
 
 
 def test_the_recipes_name_three_augmentations_five_folds_and_every_model() -> None:
-    [one] = compose(["recipe=fivefold/uav_audio", "data.root=x"])
+    [one] = compose(["recipe=fivefold/uav_audio"])
     assert (one.config.cv.folds, len(one.config.data.augment), [*one.config.peft]) == (5, 3, ["full"])
-    [many] = compose(["recipe=fivefold/uav_audio_methods", "data.root=x"])
+    [many] = compose(["recipe=fivefold/uav_audio_methods"])
     found = {name: (config.backbone.name.split("_")[0], [*config.peft]) for name, config in many.members.items()}
     assert found == {
         "vit_coeff_lora": ("vit", ["coeff", "lora"]),
