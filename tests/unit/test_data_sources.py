@@ -317,7 +317,7 @@ def test_groups(tmp_path):
     with pytest.raises(UserError, match=r"has no such column; did you mean patient\?"):
         ImageFolder(root=str(root)).load(0, "patiant")
     table.write_text("path,patient\n" + "\n".join(rows[:-1]) + "\n")
-    with pytest.raises(UserError, match="no row for 1 of 6 images: dog/2.png"):
+    with pytest.raises(UserError, match="no row for 1 of 6 files: dog/2.png"):
         ImageFolder(root=str(root)).load(0, "patient")
     table.write_text("path,patient\n" + "\n".join([*rows, "dog/2.png,p9"]))
     with pytest.raises(UserError, match="row 8: dog/2.png is in group 'p9' and in 'p2'"):
