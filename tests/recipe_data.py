@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from reviews import reviews
+from sounds import tones
 
 from coeft.cli.compose import Composition, compose, encode
 from coeft.cli.recipes import read_recipe
@@ -60,7 +61,10 @@ def _backbone(config: TrainConfig, folder: Path) -> Fields:
         architecture = settings.name.partition(".")[0]
         for beginning, options in TIMM.items():
             if architecture.startswith(beginning):
-                return {"pretrained": False, "weights": None, "options": {**settings.options, **options(settings)}}
+                made = options(settings)
+                name = made.pop("name", settings.name)
+                kept = {**settings.options, **made}
+                return {"name": name, "pretrained": False, "weights": None, "options": kept}
         pytest.fail(f"recipe {config.recipe}: nobody knows how {settings.name} is made small; add it to TIMM in {HERE}")
     if settings.name not in HF:
         pytest.fail(f"recipe {config.recipe}: nobody makes a small {settings.name}; add a function to HF in {HERE}")
@@ -75,6 +79,10 @@ def _backbone(config: TrainConfig, folder: Path) -> Fields:
 def _vit(settings: Any) -> Fields:
     """Of vit_mini the depth alone: methods ask for widths that they can divide."""
     return {"depth": 1} if "embed_dim" in settings.options else {"depth": 1, "embed_dim": 64, "num_heads": 4}
+
+
+def _efficientnet(settings: Any) -> Fields:
+    return {"name": "test_efficientnet"}
 
 
 def encoder(config: Any, model: Any, folder: Path) -> None:
@@ -105,7 +113,7 @@ def llama(folder: Path) -> None:
     tiny_llama(folder, max_position_embeddings=2048)
 
 
-TIMM: dict[str, Callable[[Any], Fields]] = {"vit_": _vit}
+TIMM: dict[str, Callable[[Any], Fields]] = {"vit_": _vit, "efficientnet_": _efficientnet}
 HF: dict[str, Callable[[Path], None]] = {
     "FacebookAI/roberta-base": roberta,
     "sentence-transformers/all-MiniLM-L6-v2": bert,
@@ -168,6 +176,12 @@ def image_folder(config: TrainConfig, folder: Path) -> Fields:
     return {"root": str(folder)}
 
 
+def audio_folder(config: TrainConfig, folder: Path) -> Fields:
+    """Two classes of tones, a quarter of a second each."""
+    tones(folder / "tones", 2, 6, 0.25)
+    return {"root": str(folder / "tones"), "seconds": 0.25, "image_size": 32}
+
+
 def hub(config: TrainConfig, folder: Path) -> Fields:
     """A data set with the splits and columns that the recipe names, as save_to_disk writes it."""
     import datasets
@@ -227,6 +241,7 @@ def _rows(config: TrainConfig, path: Path) -> None:
 
 
 MAKERS: dict[str, Callable[[TrainConfig, Path], Fields]] = {
+    "audio_folder": audio_folder,
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "hub": hub,
