@@ -309,7 +309,8 @@ def test_what_a_killed_process_left_in_the_cache_goes_when_its_entry_is_built(tm
 
 
 def test_cache_info_and_clear(tmp_path, cache):
-    assert cache_info() == {"folder": str(cache.parent), "files": 0, "bytes": 0, "entries": []}
+    empty = {"folder": str(cache.parent), "files": 0, "bytes": 0, "limit": 100 * 10**9, "entries": []}
+    assert cache_info() == empty
     assert clear_cache() == (0, 0)
     data = load_data(ImageFolder(root=str(tree(tmp_path / "r"))), seed=0, encoder=ImageEncoder(preprocessing()))
     info = cache_info()
