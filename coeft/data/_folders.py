@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from coeft.data._decode import extensions
-from coeft.data._source import Split
+from coeft.data._listing import Listing
+from coeft.data._source import Paths, Split
 from coeft.errors import UserError, near
 
 GROUPS_FILE = "groups.csv"
@@ -42,8 +43,8 @@ WANTED = {"image": IMAGES, "sound": SOUNDS}
 class Found:
     """Files below a folder, sorted; hidden ones are not there."""
 
-    files: list[Path] = field(default_factory=list)
-    other: list[Path] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
     """Files that are not wanted, by their extension."""
 
 
@@ -81,30 +82,33 @@ def visible(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
 
 
-def files_below(folder: Path, wanted: Wanted = IMAGES) -> Found:
+def files_below(folder: Path | str, wanted: Wanted = IMAGES, listing: Listing | None = None) -> Found:
     """All files below a folder, through symbolic links too.
+
+    Args:
+        listing: what is remembered of folders.
 
     Raises:
         UserError: a folder cannot be read.
     """
-    known, found = wanted.extensions(), Found()
-    above: set[str] = set()
+    known, found, listing = wanted.extensions(), Found(), listing or Listing()
+    above: set[tuple[int, int]] = set()
 
-    def walk(here: Path) -> None:
-        real = os.path.realpath(here)
-        if real in above:  # a link to a folder that it lies in
+    def walk(here: str) -> None:
+        this = listing.held(here).state[:2]
+        if this in above:  # a link to a folder that it lies in
             return
-        above.add(real)
-        for path in visible(here):
-            if path.is_dir():
+        above.add(this)
+        for path, name, is_folder in listing.entries(here):
+            if is_folder:
                 walk(path)
-            elif path.suffix.lower() in known:
+            elif _extension(name) in known:
                 found.files.append(path)
             else:
                 found.other.append(path)
-        above.remove(real)
+        above.remove(this)
 
-    walk(folder)
+    walk(str(folder))
     return found
 
 
@@ -121,7 +125,7 @@ def file_inputs(paths: Sequence[str | os.PathLike[str]], wanted: Wanted) -> Spli
             found = files_below(path, wanted).files
             if not found:
                 raise UserError(f"{given}: the folder has no {wanted.noun}")
-            files += found
+            files += map(Path, found)
         elif path.exists():
             files.append(path)
         else:
@@ -131,57 +135,94 @@ def file_inputs(paths: Sequence[str | os.PathLike[str]], wanted: Wanted) -> Spli
     return Split(items=files, labels=np.full(len(files), -1, np.int64), names=[str(path) for path in files])
 
 
-def class_folders(folder: Path) -> dict[str, Path]:
+def class_folders(folder: Path, listing: Listing | None = None) -> dict[str, Path]:
     """Class name -> its folder, sorted by name. Names are in Unicode's NFC, which file systems differ in.
 
     Raises:
         UserError: two folders have the same name then.
     """
     classes: dict[str, Path] = {}
-    for path in visible(folder):
-        if not path.is_dir():
+    for path, plain, is_folder in (listing or Listing()).entries(str(folder)):
+        if not is_folder:
             continue
-        name = unicodedata.normalize("NFC", path.name)
+        name = unicodedata.normalize("NFC", plain)
         if name in classes:
             raise UserError(
                 f"{folder} has two class folders called {name!r} that differ in their Unicode form; join them"
             )
-        classes[name] = path
+        classes[name] = Path(path)
     return dict(sorted(classes.items()))
 
 
-def read_split(root: Path, folder: Path, warnings: list[str], wanted: Wanted = IMAGES) -> tuple[Split, list[str]]:
-    """The files of FOLDER/CLASS/..., and the class names; labels are their positions.
+@dataclass(kw_only=True)
+class ClassFolders:
+    """The files of FOLDER/CLASS/..."""
+
+    split: Split
+    """Labels are positions in `classes`."""
+    classes: list[str]
+    """Those with a file."""
+    empty: dict[str, str] = field(default_factory=dict)
+    """Class without a file -> its folder relative to root, and what is there."""
+
+
+def read_split(
+    root: Path, folder: Path, warnings: list[str], wanted: Wanted = IMAGES, *, listing: Listing | None = None
+) -> ClassFolders:
+    """The files of FOLDER/CLASS/..., named relative to root.
+
+    Args:
+        warnings: gets one about other files.
 
     Raises:
-        UserError: there is no class folder, or one without files that are wanted.
+        UserError: there is no class folder, or none with a file that is wanted.
     """
-    classes = class_folders(folder)
+    listing = listing or Listing()
+    classes = class_folders(folder, listing)
     known = wanted.extensions()
+    loose = [
+        path for path, name, is_folder in listing.entries(str(folder)) if not is_folder and _extension(name) in known
+    ]
     if not classes:
-        loose = len([path for path in visible(folder) if path.suffix.lower() in known])
-        has = f"has {loose} {wanted.plural} but no class folder" if loose else "has no class folder"
+        has = f"has {len(loose)} {wanted.plural} but no class folder" if loose else "has no class folder"
         raise UserError(f"{folder} {has}; expected {folder.name}/CLASS/{wanted.example}")
-    items: list[Path] = []
-    labels: list[int] = []
-    problems: list[str] = []
-    ignored: list[Path] = [path for path in visible(folder) if path.is_file() and path.suffix.lower() in known]
-    for label, path in enumerate(classes.values()):
-        found = files_below(path, wanted)
+    cut = len(os.path.join(root, ""))
+    items: list[str] = []
+    counts: dict[str, int] = {}
+    empty: dict[str, str] = {}
+    ignored = loose
+    for name, path in classes.items():
+        found = files_below(path, wanted, listing)
         if not found.files:
-            has = f"only {found.other[0].name}" if len(found.other) == 1 else f"{len(found.other)} other files"
-            problems.append(f"{path}: the class folder has no {wanted.noun} ({has if found.other else 'it is empty'})")
+            only = f"only {os.path.basename(found.other[0])}" if found.other else "it is empty"
+            has = f"{len(found.other)} other files" if len(found.other) > 1 else only
+            empty[name] = f"{_shown(str(path)[cut:])}: the class folder has no {wanted.noun} ({has})"
+            continue
         items += found.files
-        labels += [label] * len(found.files)
+        counts[name] = len(found.files)
         ignored += found.other
-    if problems:
-        raise UserError("\n".join([*problems, f"put {wanted.plural} there, or remove the folder"]))
+    if not counts:
+        raise UserError(
+            "\n".join([*(os.path.join(root, what) for what in empty.values()), f"put {wanted.plural} there"])
+        )
     if ignored:
-        listed = ", ".join(path.relative_to(root).as_posix() for path in ignored[:LISTED])
+        listed = ", ".join(_shown(path[cut:]) for path in ignored[:LISTED])
         more = ", ..." if len(ignored) > LISTED else ""
         warnings.append(f"{len(ignored)} files that are no {wanted.plural} of a class are ignored: {listed}{more}")
-    names = [unicodedata.normalize("NFC", path.relative_to(root).as_posix()) for path in items]
-    return Split(items=items, labels=np.array(labels, np.int64), names=names), list(classes)
+    labels = np.repeat(np.arange(len(counts)), list(counts.values()))
+    split = Split(items=Paths(items), labels=labels, names=[_shown(path[cut:]) for path in items], root=root)
+    return ClassFolders(split=split, classes=list(counts), empty=empty)
+
+
+def _extension(name: str) -> str:
+    """Lower case, with the dot; of a name without one, the last letter, which is no extension."""
+    return name[name.rfind(".") :].lower()
+
+
+def _shown(path: str) -> str:
+    """A path as names have it: with slashes, and in Unicode's NFC."""
+    path = path if os.sep == "/" else path.replace(os.sep, "/")
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
 def read_groups(root: Path, column: str) -> dict[str, str]:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from coeft.data._source import Source
+    from coeft.data._folders import ClassFolders
+    from coeft.data._listing import Listing
+    from coeft.data._source import Source, Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,29 +42,41 @@ class ImageFolder(ImageData):
         from pathlib import Path
 
         from coeft.data._folders import WANTED, existing_folder, read_split
+        from coeft.data._listing import Listing
         from coeft.data._source import Source, Split
 
         root = existing_folder(Path(required("data.root", self.root, "FOLDER")).expanduser(), "data.root")
+        listing = Listing(root)
         warnings: list[str] = []
-        splits: dict[str, Split | None] = {}
-        classes: list[str] = []
-        for part, folder in self._folders(root).items():
-            if folder is None:
-                splits[part] = None
-                continue
-            split, names = read_split(root, folder, warnings, WANTED[self.wanted])
-            if part == "train":
-                classes = names
-            else:
-                split = self._relabelled(split, names, classes, folder)
-            splits[part] = split
+        skipped: list[str] = []
+        wanted = WANTED[self.wanted]
+        folders = {part: folder for part, folder in self._folders(root, listing).items() if folder is not None}
+        read = {part: read_split(root, folder, warnings, wanted, listing=listing) for part, folder in folders.items()}
+        listing.save()
+        empty = [what for found in read.values() for what in found.empty.values()]
+        if empty and self.on_error == "raise":
+            advice = f"put {wanted.plural} there, remove the folder, or set data.on_error=skip to go on without"
+            raise UserError("\n".join([*(str(root / what) for what in empty), advice]))
+        classes, left_out = read["train"].classes, set(read["train"].empty)
+        splits: dict[str, Split | None] = {"train": read["train"].split, "val": None, "test": None}
+        for part in ("val", "test"):
+            if part in read:
+                splits[part] = self._relabelled(read[part], classes, left_out, folders[part], skipped)
         if group is not None:
             for part_split in splits.values():
                 if part_split is not None:
                     part_split.groups = self.group_names(root, group, list(part_split.names))
         train = splits["train"]
         assert train is not None
-        return Source(train=train, val=splits["val"], test=splits["test"], class_names=classes, warnings=warnings)
+        return Source(
+            train=train,
+            val=splits["val"],
+            test=splits["test"],
+            class_names=classes,
+            warnings=warnings,
+            skipped=skipped,
+            empty=empty,
+        )
 
     def group_names(self, root: "Path", group: str, names: Sequence[str]) -> "np.ndarray":
         """The group of each file, (N,) of str: the column `group` of ROOT/groups.csv.
@@ -77,18 +91,18 @@ class ImageFolder(ImageData):
 
         return groups_of(list(names), read_groups(root, group), root)
 
-    def _folders(self, root: "Path") -> "dict[str, Path | None]":
+    def _folders(self, root: "Path", listing: "Listing") -> "dict[str, Path | None]":
         """train, val, test -> folder."""
         from coeft.data._folders import WANTED, class_folders, files_below
 
         wanted = WANTED[self.wanted]
-        inside = class_folders(root)
+        inside = class_folders(root, listing)
         train = self.split_name("train")
         if train == AUTO:
             usual = usual_name("train", list(inside))
             # A folder `train` of files without class folders in it may be a class of that name.
             divided = usual is not None and any(
-                files_below(path, wanted).files for path in class_folders(inside[usual]).values()
+                files_below(path, wanted, listing).files for path in class_folders(inside[usual], listing).values()
             )
         else:
             divided = train != "."
@@ -110,14 +124,23 @@ class ImageFolder(ImageData):
                 )
         return {"train": root, "val": None, "test": None}
 
-    def _relabelled(self, split, names: list[str], classes: list[str], folder: "Path"):  # noqa: ANN001, ANN202
-        """The split with labels that count in the training classes."""
+    def _relabelled(
+        self, found: "ClassFolders", classes: list[str], left_out: set[str], folder: "Path", skipped: list[str]
+    ) -> "Split":
+        """The split with labels that count in the training classes.
+
+        Args:
+            left_out: class folders of the training split without a file; files of theirs are left out too.
+            skipped: gets the names of those.
+        """
         import numpy as np
 
+        from coeft.data._folders import WANTED
         from coeft.errors import near
 
-        extra = [name for name in names if name not in classes]
-        lacking = [name for name in classes if name not in names]
+        split, names = found.split, found.classes
+        extra = [name for name in names if name not in classes and name not in left_out]
+        lacking = [name for name in classes if name not in names and name not in found.empty]
         problems = [f"{folder / name}: train has no class {name!r}; {near(name, classes)}" for name in extra]
         if lacking and not self.missing_classes:
             listed = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
@@ -127,5 +150,9 @@ class ImageFolder(ImageData):
             )
         if problems:
             raise UserError("\n".join([*problems, "every split must have the same class folders"]))
-        split.labels = np.array([classes.index(name) for name in names], np.int64)[split.labels]
-        return split
+        positions = np.array([classes.index(name) if name in classes else -1 for name in names], np.int64)
+        split.labels = positions[split.labels]
+        noun = WANTED[self.wanted].noun
+        unknown = np.flatnonzero(split.labels < 0)
+        skipped += [f"{split.names[row]}: the training split has no {noun} of its class" for row in unknown.tolist()]
+        return split.subset(np.flatnonzero(split.labels >= 0)) if len(unknown) else split
