@@ -7,6 +7,7 @@ import numpy as np
 from coeft.config import CV
 from coeft.data._data import Data, proportional
 from coeft.data._part import Part, strata
+from coeft.data._stratify import grouped_folds, iterative, label_table, whole_groups
 from coeft.errors import UserError
 from coeft.seeding import derive
 
@@ -110,11 +111,18 @@ def _divide(part: Part, class_names: list[str], cv: CV, seed: int) -> list[np.nd
                 f"cv.folds={cv.folds} stratified folds need {cv.folds} samples of each class: {listed}; "
                 "lower cv.folds, or set cv.stratified=false"
             )
-    if groups is not None:
+    several = cv.stratified and part.labels.ndim == 2
+    if several and groups is not None:
+        folds = grouped_folds(groups, label_table(part.labels, classes, count), cv.folds, seed)
+    elif several:
+        assigned = iterative(part.labels, [1 / cv.folds] * cv.folds, seed)
+        folds = [np.flatnonzero(assigned == fold) for fold in range(cv.folds)]
+    elif groups is not None:
         splitter = (StratifiedGroupKFold if stratified else GroupKFold)(cv.folds, shuffle=True, random_state=seed)
+        folds = [heldout for _, heldout in splitter.split(np.zeros(len(part)), classes, groups)]
     else:
         splitter = (StratifiedKFold if stratified else KFold)(cv.folds, shuffle=True, random_state=seed)
-    folds = [heldout for _, heldout in splitter.split(np.zeros(len(part)), classes, groups)]
+        folds = [heldout for _, heldout in splitter.split(np.zeros(len(part)), classes)]
     if any(not len(fold) for fold in folds):
         sizes = ", ".join(str(len(fold)) for fold in folds)
         raise UserError(
@@ -136,7 +144,19 @@ def _set_apart(part: Part, cv: CV, class_names: list[str], seed: int) -> tuple[P
     classes, num_classes = strata(part.labels, class_names)
     if cv.group is not None:
         assert part.groups is not None
-        chosen = _whole_groups(part, classes, num_classes, cv, seed)
+        if len(names := set(part.groups)) < 2:
+            raise UserError(
+                f"cv.group={cv.group} has one group, {str(*names)!r}, in the training part: none is left to "
+                "pick the epoch; set cv.val_fraction=0, or give more groups"
+            )
+        labels = part.labels if cv.stratified else np.zeros(len(part), np.int64)
+        table = label_table(labels, classes if cv.stratified else labels, num_classes)
+        chosen = whole_groups(part.groups, table, cv.val_fraction, seed)
+    elif cv.stratified and part.labels.ndim == 2:
+        assigned = iterative(part.labels, [1 - count / len(part), count / len(part)], seed)
+        chosen = np.flatnonzero(assigned)
+        if not len(chosen):
+            chosen = np.random.default_rng(seed).permutation(len(part))[:1]
     elif cv.stratified:
         chosen = proportional(classes, num_classes, seed)[:count]
     else:
@@ -145,35 +165,3 @@ def _set_apart(part: Part, cv: CV, class_names: list[str], seed: int) -> tuple[P
         raise UserError(f"cv.val_fraction={cv.val_fraction} of {len(part)} samples leaves none to train on; lower it")
     rest = np.setdiff1d(np.arange(len(part)), chosen)
     return part.subset(rest), part.subset(np.sort(chosen))
-
-
-def _whole_groups(part: Part, classes: np.ndarray, num_classes: int, cv: CV, seed: int) -> np.ndarray:
-    """Positions of groups that together come close to cv.val_fraction of each class (or of all samples).
-
-    Large groups first, in a random order among equals, a group is taken if that brings the counts nearer to the wanted
-    ones.
-    """
-    assert part.groups is not None
-    values, group_of = np.unique(part.groups.astype(str), return_inverse=True)
-    if len(values) < 2:
-        raise UserError(
-            f"cv.group={cv.group} has one group, {str(values[0])!r}, in the training part: none is left to "
-            "pick the epoch; set cv.val_fraction=0, or give more groups"
-        )
-    columns = classes if cv.stratified else np.zeros(len(part), np.int64)
-    table = np.zeros((len(values), num_classes), np.float64)  # group x class, counts
-    np.add.at(table, (group_of, columns), 1)
-    wanted = cv.val_fraction * table.sum(0)
-    order = np.random.default_rng(seed).permutation(len(values))
-    order = order[np.argsort(-table[order].sum(1), kind="stable")]
-    taken: list[int] = []
-    have = np.zeros(num_classes)
-    for group in order:
-        if len(taken) == len(values) - 1:
-            break
-        if ((have + table[group] - wanted) ** 2).sum() < ((have - wanted) ** 2).sum():
-            taken.append(int(group))
-            have += table[group]
-    if not taken:  # every group is larger than what is wanted: the smallest comes nearest
-        taken = [int(order[-1])]
-    return np.flatnonzero(np.isin(group_of, taken))

@@ -11,6 +11,7 @@ import torch.distributed
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from coeft.data._balance import drawn, expected_draws, strata_of
 from coeft.data._folds import Fold
 from coeft.data._part import Batch, Part
 from coeft.seeding import derive
@@ -76,12 +77,25 @@ class Filled(Dataset):
 class TrainOrder(DistributedSampler):
     """A new permutation each epoch, from derive(seed, "order", fold, epoch); each process takes its share of it.
 
+    With `expected` draws of each sample and their `classes`, an epoch draws as often, some samples several times and
+    some not at all (see coeft/data/_balance.py).
+
     The n-th batch of all processes together is what one process has as its n-th batch. Where they do not divide, some
     processes end with a FILLER, so that all have equally many batches. The base class only tells Lightning not to put
     a sampler of its own in the place of this one; rank and size are asked for late.
     """
 
-    def __init__(self, length: int, *, seed: int, fold: int, epoch: int = 0) -> None:
+    def __init__(
+        self,
+        length: int,
+        *,
+        seed: int,
+        fold: int,
+        epoch: int = 0,
+        expected: np.ndarray | None = None,
+        classes: np.ndarray | None = None,
+    ) -> None:
+        self.expected, self.classes = expected, classes
         self.length = length
         self.seed = seed
         self.fold = fold
@@ -96,7 +110,12 @@ class TrainOrder(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         rank, world = _ranks()
-        order = np.random.default_rng(derive(self.seed, "order", self.fold, self.epoch)).permutation(self.length)
+        rng = np.random.default_rng(derive(self.seed, "order", self.fold, self.epoch))
+        if self.expected is None:
+            order = rng.permutation(self.length)
+        else:
+            assert self.classes is not None
+            order = drawn(self.expected, self.classes, rng)
         share = order[rank::world].tolist()
         return iter(share + [FILLER] * (len(self) - len(share)))
 
@@ -141,6 +160,7 @@ class FoldData(lightning.LightningDataModule):
         eval_batch_size: the same for validation, held-out and test batches.
         seed: of the order.
         num_workers: processes that fetch batches; the batches are the same for any number.
+        balance: how even the classes are made in training, see ImageData.balance.
         capacity: put several training texts into rows of so many tokens; a row is a sample then. Null does not.
     """
 
@@ -152,10 +172,16 @@ class FoldData(lightning.LightningDataModule):
         eval_batch_size: int,
         seed: int,
         num_workers: int,
+        balance: float = 0.0,
         capacity: int | None = None,
     ) -> None:
         super().__init__()
         self.samples: Dataset = Samples(fold.train)
+        self.expected = self.classes = None
+        if balance:
+            labels = fold.train.labels
+            width = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+            self.expected, self.classes = expected_draws(labels, width, balance), strata_of(labels)
         if capacity is not None:
             from coeft.data._language import PackedSamples
 
@@ -172,7 +198,14 @@ class FoldData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         resumed = self.trainer.current_epoch if self.trainer is not None else 0
         epoch = max(self.start_epoch, resumed)
-        order = TrainOrder(len(self.samples), seed=self.seed, fold=self.fold.index, epoch=epoch)  # type: ignore[arg-type]
+        order = TrainOrder(
+            len(self.samples),  # type: ignore[arg-type]
+            seed=self.seed,
+            fold=self.fold.index,
+            epoch=epoch,
+            expected=self.expected,
+            classes=self.classes,
+        )
         return self._loader(Filled(self.samples), order, self.batch_size)
 
     def val_dataloader(self) -> DataLoader | list:

@@ -29,13 +29,20 @@ class ImageData:
     n_train: int | None = None
     """Images of the training part, class-balanced, drawn from the seed; null is all."""
     n_val: int | None = None
-    """The same for the validation part; taken out of the training part if the data has no validation split."""
+    """The same for the validation part; taken out of the training part if the data has no validation split, then in
+    whole groups that come near the number, if cv.group is set."""
     n_test: int | None = None
-    """The same for the test part; taken out of the training part if the data has no test split."""
+    """The same for the test part."""
     fraction: float | None = None
     """Share of the training part, in (0, 1], that keeps its class proportions; null is all."""
     shots: int | None = None
     """Samples of each class in the training part, drawn from the seed; null is all."""
+    test_fraction: float | None = None
+    """Share of the training split, in (0, 1), that is set apart as the test split where the data has none; keeps the
+    class proportions, and groups whole; null is none."""
+    balance: float = 0.0
+    """How even the classes are made in training batches, in [0, 1]: 0 draws every sample once an epoch; 1 draws every
+    class equally often, rare ones again and again; between, a class of share f in proportion to f^(1 - balance)."""
     batch_size: int = 64
     """Samples per optimizer step, over all devices."""
     num_workers: int = 0
@@ -69,6 +76,12 @@ class ImageData:
         given = [f"data.{key}" for key in ("n_train", "fraction", "shots") if getattr(self, key) is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} choose the training samples; set all but one to null")
+        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
+            raise UserError(f"data.test_fraction must be in (0, 1), or null, not {self.test_fraction}")
+        if self.test_fraction is not None and self.n_test is not None:
+            raise UserError("data.test_fraction and data.n_test both choose the test part; set one of them to null")
+        if not 0 <= self.balance <= 1:
+            raise UserError(f"data.balance must be in [0, 1], not {self.balance}")
         if self.batch_size < 1:
             raise UserError(f"data.batch_size must be 1 or more, not {self.batch_size}")
         if self.num_workers < 0:

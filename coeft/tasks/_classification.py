@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,14 +21,16 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
-from coeft.errors import UserError
+from coeft.errors import UserError, near
 from coeft.tasks._task import Task
 
 
 class ClassificationTask(Task):
     """One of `num_outputs` classes a sample: logits (B, num_outputs), labels (B,) int64."""
 
-    def __init__(self, num_outputs: int, *, metric: str, label_smoothing: float) -> None:
+    def __init__(
+        self, num_outputs: int, *, metric: str, label_smoothing: float = 0.0, class_weight: Any = None
+    ) -> None:
         if metric == "top5" and num_outputs <= 5:
             raise UserError(f"task.metric=top5 needs more than 5 classes; the data has {num_outputs}")
         if metric == "f1" and num_outputs != 2:
@@ -35,11 +38,34 @@ class ClassificationTask(Task):
         self.num_outputs = num_outputs
         self.metric = metric
         self.label_smoothing = label_smoothing
+        self.class_weight = class_weight
+        self.weights: Tensor | None = None
+
+    def use_labels(self, labels: np.ndarray, class_names: Sequence[str]) -> None:
+        """Weights (num_outputs,): those that are balanced have mean 1 over the training samples.
+
+        Raises:
+            UserError: a weight is of a class that there is not.
+        """
+        if self.class_weight == "balanced":
+            counts = np.bincount(labels, minlength=self.num_outputs)
+            self.weights = balanced_weights(counts)
+        elif self.class_weight is not None:
+            self.weights = named_weights(self.class_weight, class_names)
 
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor], *, training: bool) -> Tensor:
-        """Mean cross entropy in nats, in float32; label smoothing acts in training only."""
-        smoothing = self.label_smoothing if training else 0.0
-        return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing)
+        """Mean cross entropy in nats, in float32; label smoothing and weights of classes act in training only.
+
+        Weighted losses are divided by the number of samples, not by the sum of the weights: the mean over batches is
+        then the loss over all samples, however they fall on batches, micro-batches and processes.
+        """
+        if not training:
+            return F.cross_entropy(logits.float(), batch["labels"])
+        smoothing = self.label_smoothing
+        if self.weights is None:
+            return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing)
+        each = F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing, reduction="none")
+        return (each * self.weights.to(each.device)[batch["labels"]]).mean()
 
     def metrics(self) -> MetricCollection:
         """Over logits and labels: fractions in [0, 1], and counts."""
@@ -106,13 +132,30 @@ class SecondClassF1(MulticlassF1Score):
 class MultiLabelTask(Task):
     """Any of `num_outputs` classes a sample: logits (B, num_outputs), labels (B, num_outputs) float of 0 and 1."""
 
-    def __init__(self, num_outputs: int, *, metric: str) -> None:
+    def __init__(self, num_outputs: int, *, metric: str, class_weight: Any = None) -> None:
         self.num_outputs = num_outputs
         self.metric = metric
+        self.class_weight = class_weight
+        self.weights: Tensor | None = None
+
+    def use_labels(self, labels: np.ndarray, class_names: Sequence[str]) -> None:
+        """Weights (num_outputs,) of the samples that have a class; balanced, they weigh as much as those without.
+
+        Raises:
+            UserError: a weight is of a class that there is not.
+        """
+        if self.class_weight == "balanced":
+            with_it = labels.sum(0, dtype=np.float64)
+            ratio = (len(labels) - with_it) / np.maximum(with_it, 1)
+            # a class that no sample has, or every one, has nothing to be weighed against
+            self.weights = torch.from_numpy(np.where((with_it > 0) & (ratio > 0), ratio, 1.0)).float()
+        elif self.class_weight is not None:
+            self.weights = named_weights(self.class_weight, class_names)
 
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor], *, training: bool) -> Tensor:
-        """Mean binary cross entropy over samples and classes in nats, in float32."""
-        return F.binary_cross_entropy_with_logits(logits.float(), batch["labels"].float())
+        """Mean binary cross entropy over samples and classes in nats, in float32; weights act in training only."""
+        weights = None if self.weights is None or not training else self.weights.to(logits.device)
+        return F.binary_cross_entropy_with_logits(logits.float(), batch["labels"].float(), pos_weight=weights)
 
     def metrics(self) -> MetricCollection:
         """Over logits and labels, a class counting as predicted above a probability of one half: fractions in [0, 1].
@@ -194,6 +237,32 @@ class LabelTotals(Metric):
 
     def compute(self) -> Tensor:
         return self.totals
+
+
+def balanced_weights(counts: np.ndarray) -> Tensor:
+    """A weight for each class, float32 (C,), such that classes weigh alike and the samples weigh 1 on average.
+
+    N / (C n_c), over the C classes that occur; 1 for those that do not.
+
+    counts (C,): samples of each class.
+    """
+    there = counts > 0
+    weights = np.ones(len(counts))
+    weights[there] = counts.sum() / (there.sum() * counts[there])
+    return torch.from_numpy(weights).float()
+
+
+def named_weights(weights: Mapping[str, float], class_names: Sequence[str]) -> Tensor:
+    """A weight for each class, float32 (C,), 1 where none is given.
+
+    Raises:
+        UserError: a name is no class.
+    """
+    given = {str(name): float(weight) for name, weight in weights.items()}
+    for name in given:
+        if name not in class_names:
+            raise UserError(f"task.class_weight: the data has no class {name!r}; {near(name, class_names)}")
+    return torch.tensor([given.get(name, 1.0) for name in class_names])
 
 
 def per_class_f1(totals: Tensor) -> list[float | None]:

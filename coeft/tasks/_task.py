@@ -75,6 +75,9 @@ class Task(ABC):
     def use_scale(self, scale: tuple[float, float]) -> None:  # noqa: B027
         """What follows for the loss from the scale of the head's outputs; nothing by default."""
 
+    def use_labels(self, labels: np.ndarray, class_names: Sequence[str]) -> None:  # noqa: B027
+        """What follows for the loss from the labels of the fold's training part; nothing by default."""
+
     @abstractmethod
     def metrics(self) -> Metric | MetricCollection:
         """Fresh state, which adds up over batches and processes."""

@@ -92,6 +92,13 @@ IMAGES = [
         "images without classes", lambda here: text_file("images/a.png", png())(here), "1 images but no class folder"
     ),
     images("an empty class", both(folder(), lambda here: (here / "images" / "emu").mkdir()), "emu", "has no image"),
+    images(
+        "a share of data with a test split",
+        folder("train", "test"),
+        "data.test_fraction=0.5",
+        "data.splits.test=null",
+        more=("data.test_fraction=0.5",),
+    ),
     images("a class of other files", both(folder(), text_file("images/emu/a.txt", "x")), "emu", "only a.txt"),
     images("one class", folder(classes=("cat",)), "1 class", "two or more"),
     images(
@@ -371,7 +378,12 @@ TABLES = [
         "who",
         more=("cv.group=who", "cv.folds=3"),
     ),
-    table("images that are not there", "text,label\na.png,x\nb.png,y\n", "t.csv:2", "no such image", more=tuple(TINY)),
+    Case(
+        name="CSV: images that are not there",
+        argv=["train", *TINY, "data=table", "data.path=t.csv", "run_dir=out"],
+        words=("t.csv:2", "no such image"),
+        make=text_file("t.csv", "text,label\na.png,x\nb.png,y\n"),
+    ),
     table("no tabs", GOOD, "tabs", file="t.tsv"),
     table("a broken row", TWO + '{"text": "a", label: 1}\n', "t.jsonl:3", "broken JSON", "column 15", file="t.jsonl"),
     table("a row cut off", TWO + '{"text": "a"', "t.jsonl:3", "broken JSON", file="t.jsonl"),
