@@ -27,6 +27,7 @@ def environment(data: Data, threads: int) -> dict[str, Any]:
         "command": shorten_home(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "data_fingerprint": data.fingerprint,
         "data": data.fingerprints,
+        **({"left_out": [*data.skipped, *data.empty]} if data.skipped or data.empty else {}),
     }
 
 

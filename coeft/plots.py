@@ -1,8 +1,11 @@
 """Pictures of a run as PNG files."""
 
 import csv
+import textwrap
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +14,31 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen first: there is no screen)
+from matplotlib import font_manager  # noqa: E402 (the backend is chosen first: there is no screen)
+from matplotlib import pyplot as plt  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from coeft.adapt import Attachment, Stack  # noqa: E402
 
 DPI = 120
+# After matplotlib's own: fonts with the letters that it lacks, for names of classes and files.
+FONTS = [
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Noto Sans", "Noto Sans Arabic",
+    "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
+    "Malgun Gothic", "Nirmala UI", "Segoe UI Symbol",
+]  # fmt: skip
+THUMBNAIL = 104  # pixels
+GAP = 8  # pixels between thumbnails, and above the line with their names
+
+
+def _use_fonts() -> None:
+    there = set(font_manager.get_font_names())
+    plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in FONTS if name in there)]
+    plt.rcParams["text.parse_math"] = False  # a name may hold dollar signs
+
+
+_use_fonts()
 
 
 def curves(metrics_csv: Path, metric: str, path: Path) -> None:
@@ -81,6 +103,66 @@ def bars(values: Sequence[float], names: Sequence[str], label: str, path: Path) 
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.25)
     _save(figure, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Thumbnails in a row of a contact sheet."""
+
+    label: str
+    cells: Sequence[tuple[np.ndarray, str] | None]
+    """Pixels, uint8 (C, H, W), and a name; None leaves the place empty."""
+
+
+def contact_sheet(rows: Sequence[Row], columns: Sequence[str], title: str, path: Path) -> None:
+    """Examples of images, as the model gets them.
+
+    Args:
+        columns: a heading for each cell of a row; equal ones that follow each other stand once.
+    """
+    left, top, line = 190, 48, 16
+    cell, height = THUMBNAIL + GAP, THUMBNAIL + GAP + line
+    canvas = np.full((top + height * len(rows), left + cell * len(columns), 3), 255, np.uint8)
+    figure = plt.figure(figsize=(canvas.shape[1] / DPI, canvas.shape[0] / DPI), dpi=DPI)
+    axis = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axis.set_axis_off()
+    for r, row in enumerate(rows):
+        y = top + r * height
+        axis.text(GAP, y + THUMBNAIL / 2, _wrapped(row.label, 26), va="center", fontsize=7)
+        for c, pair in enumerate(row.cells):
+            if pair is not None:
+                x = left + c * cell
+                picture = _thumbnail(pair[0])
+                canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+                axis.text(x, y + THUMBNAIL + 2, _shortened(pair[1], 22), va="top", fontsize=4.5, color="dimgray")
+    for c, name in enumerate(columns):
+        if c == 0 or columns[c - 1] != name:
+            axis.text(left + c * cell, top - 8, name, fontsize=7, weight="bold")
+    axis.text(GAP, 8, title, va="top", fontsize=7, color="dimgray")
+    axis.imshow(canvas, interpolation="nearest")
+    with _any_letters():
+        figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def _thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3) of at most THUMBNAIL pixels a side; few pixels are enlarged without blurring."""
+    image = Image.fromarray(pixels[0]) if len(pixels) < 3 else Image.fromarray(pixels[:3].transpose(1, 2, 0))
+    scale = THUMBNAIL / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+    return np.asarray(image.convert("RGB").resize((size[0], size[1]), resample))
+
+
+def _shortened(text: str, length: int) -> str:
+    """The end of a text, which tells files apart."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"
+
+
+def _wrapped(text: str, length: int) -> str:
+    """A text in lines of at most so many letters, at most six of them."""
+    lines = [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, length) or [""]]
+    return "\n".join(lines[:6])
 
 
 def scatter(points: Sequence[Sequence[float]], path: Path) -> None:
@@ -185,5 +267,14 @@ def alphas(attachment: Attachment) -> dict[str, Tensor]:
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
+    with _any_letters():
+        figure.savefig(path, dpi=DPI, bbox_inches="tight")
     plt.close(figure)
+
+
+@contextmanager
+def _any_letters() -> Iterator[None]:
+    """Letters that no font of this machine has are drawn as boxes without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield

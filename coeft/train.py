@@ -39,6 +39,7 @@ from coeft.assemble import (
 from coeft.backbones._backbone import Backbone
 from coeft.checkpoint import AtomicFiles, BestEpoch
 from coeft.config import NOTHING, Allowed, TrainConfig, load_config
+from coeft.data._check import fold_leakage
 from coeft.data._data import NOUNS, Data, load_data
 from coeft.data._folds import Fold, make_folds, refit_fold
 from coeft.data._module import FoldData
@@ -230,9 +231,11 @@ class Prepared:
     """The model of the first fold."""
 
 
-def prepare(cfg: TrainConfig) -> Prepared:
+def prepare(cfg: TrainConfig, *, look: Callable[[Data, Backbone], None] = lambda data, backbone: None) -> Prepared:
     """The data in the base model's size, how it is divided, and the first fold's model, which was tried.
 
+    Args:
+        look: gets the data before it is divided, and the base model.
     Raises:
         UserError: whatever would stop the training before its first step.
     """
@@ -247,7 +250,11 @@ def prepare(cfg: TrainConfig) -> Prepared:
             group=cfg.cv.group,
             progress=progress,
         )
+    look(data, backbone)
     folds = make_folds(data, cfg.cv, cfg.seed)
+    for warning in fold_leakage(data, folds):
+        data.warnings.append(warning)
+        log.warning("%s", warning)
     if cfg.cv.folds > 1 and cfg.cv.refit:
         folds.append(refit_fold(data, cfg.cv, cfg.seed))
     if cfg.trainer.patience is not None and any(fold.val is None for fold in folds):
@@ -282,6 +289,7 @@ def _assemble_fold(cfg: TrainConfig, backbone: Backbone, data: Data, fold: Fold)
     if (scale := built.module.task.scale(fold.train.labels)) is not None:
         backbone.rescale_head(*scale)
         built.module.task.use_scale(scale)
+    built.module.task.use_labels(fold.train.labels, data.class_names)
     if cfg.init_from is not None:
         start_from(cfg, built)
     check_forward(built, fold.train)
@@ -318,8 +326,9 @@ def _run_folds(cfg: TrainConfig, run_dir: Path, prepared: Prepared, started: flo
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     boards = Boards(cfg, run_dir)
-    for name in data.skipped:  # standard error has had the count already
-        handler.handle(log.makeRecord(log.name, logging.WARNING, "", 0, f"unreadable, left out: {name}", (), None))
+    told_before = [*(f"unreadable, left out: {name}" for name in data.skipped), *data.empty, *data.warnings]
+    for text in told_before:  # standard error has had the counts, or all, already
+        handler.handle(log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None))
     try:
         stack = " + ".join(cfg.peft) or "head only"
         log.info("%s, %s, data %s", prepared.first.backbone.name, stack, cfg.data.kind)
@@ -576,6 +585,7 @@ def _train_epochs(
         eval_batch_size=cfg.data.batch_size,
         seed=cfg.seed,
         num_workers=cfg.data.num_workers,
+        balance=cfg.data.balance,
         capacity=task.capacity(built.backbone, cfg.data),
     )
     loader.start_epoch = done

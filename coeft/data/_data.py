@@ -1,23 +1,24 @@
 """From a source to parts ready for training: splits chosen, subsets drawn, samples encoded once."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from coeft.data._check import EXAMPLES, Place, alike, duplicates, leakage, same_contents, suspicious, two_labels
 from coeft.data._part import Encoded, Encoder, Part, strata
 from coeft.data._settings import ImageData
 from coeft.data._source import Source, Split, fingerprint
+from coeft.data._stratify import iterative, label_table, whole_groups
 from coeft.data._tokens import TokenStore
 from coeft.errors import UserError
 from coeft.seeding import derive
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = 5  # names that a message lists
 NOUNS = {"image": "images", "text": "rows", "audio": "clips"}
 
 
@@ -35,6 +36,8 @@ class Data:
     """The same of each part that there is."""
     skipped: list[str] = field(default_factory=list)
     """Samples that cannot be used and were left out: name and reason."""
+    empty: list[str] = field(default_factory=list)
+    """Class folders without a sample that were left out, and why."""
     warnings: list[str] = field(default_factory=list)
     digests: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     """Part -> uint8 (N, 16), a hash of each sample's contents."""
@@ -44,8 +47,16 @@ class Data:
         """train, val, test -> samples or None."""
         return {"train": self.train, "val": self.val, "test": self.test}
 
-    def summary(self) -> dict[str, Any]:
+    @cached_property
+    def same(self) -> list[list[Place]]:
+        """The places of samples whose contents occur more than once."""
+        return same_contents(self.digests)
+
+    def summary(self, folds: int = 0) -> dict[str, Any]:
         """What a dry run prints, ready for JSON.
+
+        Args:
+            folds: of the cross-validation, which needs so many samples of a class; 0 or 1 is none.
 
         {"splits": {part: {"samples", "classes": {name: count}, "groups", for numbers "numbers": {"mean", "std", "min",
         "max"}, for text "tokens": {"median", "max", "longest" before cutting, "cut": rows}} or null},
@@ -58,19 +69,17 @@ class Data:
             "duplicates": counts,
             "duplicate_names": names,
             "unreadable": list(self.skipped),
+            "empty": list(self.empty),
+            "suspicious": suspicious(self, folds),
             "warnings": list(self.warnings),
             "fingerprint": self.fingerprint,
         }
 
     def _counts(self, part: Part) -> dict[str, Any]:
-        if part.labels.ndim == 2:
-            totals = part.labels.sum(0)
-        else:
-            classes, count = strata(part.labels, self.class_names)
-            totals = np.bincount(classes, minlength=count)
+        totals = part.class_counts(len(self.class_names))
         counts: dict[str, Any] = {
             "samples": len(part),
-            "classes": {name: int(total) for name, total in zip(self.class_names, totals, strict=False)},
+            "classes": {} if totals is None else dict(zip(self.class_names, totals.tolist(), strict=True)),
             "groups": None if part.groups is None else len(set(part.groups)),
         }
         if part.labels.dtype == np.float32 and part.labels.ndim == 1:
@@ -86,38 +95,6 @@ class Data:
                 "cut": store.cut,
             }
         return counts
-
-
-def duplicates(data: Data) -> tuple[dict[str, int], dict[str, list[str]]]:
-    """Counts of samples with equal contents, within each part and between two parts, and some of their names."""
-    where: dict[str, dict[bytes, list[int]]] = {}
-    counts: dict[str, int] = {}
-    names: dict[str, list[str]] = {}
-    for key, digests in data.digests.items():
-        found: dict[bytes, list[int]] = defaultdict(list)
-        for index, digest in enumerate(digests):
-            found[digest.tobytes()].append(index)
-        where[key] = found
-    parts = list(where)
-    for position, first in enumerate(parts):
-        part = data.parts[first]
-        assert part is not None
-        repeated = [indices for indices in where[first].values() if len(indices) > 1]
-        counts[first] = sum(len(indices) - 1 for indices in repeated)
-        if repeated:
-            names[first] = [" = ".join(str(part.names[i]) for i in indices) for indices in repeated[:EXAMPLES]]
-        for second in parts[position + 1 :]:
-            other = data.parts[second]
-            assert other is not None
-            shared = [digest for digest in where[second] if digest in where[first]]
-            pair = f"{first}/{second}"
-            counts[pair] = sum(len(where[second][digest]) for digest in shared)
-            if shared:
-                names[pair] = [
-                    f"{part.names[where[first][digest][0]]} = {other.names[where[second][digest][0]]}"
-                    for digest in shared[:EXAMPLES]
-                ]
-    return counts, names
 
 
 def load_data(
@@ -178,6 +155,10 @@ def check_fit(settings: ImageData, modality: str, target: str) -> None:
         raise UserError(
             f"data={settings.kind} has {has}s, but the backbone takes {modality}: choose another of the two"
         )
+    if settings.balance and target not in ("class", "classes"):
+        raise UserError(
+            f"data.balance={settings.balance:g} draws by classes, but the task learns {target}; set it to 0"
+        )
     if target not in settings.targets:
         has = " or ".join(settings.targets)
         raise UserError(
@@ -204,16 +185,16 @@ def _data(
     train = parts["train"]
     assert train is not None
     if skipped:
-        warnings.append(f"{len(skipped)} unreadable {noun} left out (data.on_error=skip); the first: {skipped[0]}")
+        warnings.append(f"{len(skipped)} unreadable {noun} left out; the first: {skipped[0]}")
     classes, count = strata(train.labels, source.class_names)
     present = np.bincount(classes, minlength=count)
     absent = [name for name, total in zip(source.class_names, present, strict=False) if not total]
     if absent and count == len(source.class_names):
         listed = ", ".join(absent[:EXAMPLES]) + (", ..." if len(absent) > EXAMPLES else "")
         warnings.append(f"{len(absent)} of {len(source.class_names)} classes have no training sample: {listed}")
-    for warning in warnings:
-        log.warning("%s", warning)
-    return Data(
+    if source.empty:
+        warnings.append(f"left out: {'; '.join(source.empty[:EXAMPLES])}")
+    data = Data(
         train=train,
         val=parts["val"],
         test=parts["test"],
@@ -221,9 +202,14 @@ def _data(
         fingerprint=fingerprint(used, source.class_names),
         fingerprints={key: fingerprint({key: split}, []) for key, split in used.items() if split is not None},
         skipped=skipped,
+        empty=list(source.empty),
         warnings=warnings,
         digests={key: split.digests for key, split in used.items() if split is not None},
     )
+    warnings += [*leakage(data), *two_labels(data), *alike(data.class_names)]
+    for warning in warnings:
+        log.warning("%s", warning)
+    return data
 
 
 def load_inputs(split: Split, encoder: Encoder, on_error: str = "raise") -> Part:
@@ -278,9 +264,14 @@ def draw(settings: ImageData, source: Source, seed: int) -> tuple[dict[str, Spli
     splits = dict(source.splits)
     labels, num_classes = strata(source.train.labels, source.class_names)
     rest = np.arange(len(source.train))
+    if settings.test_fraction is not None and splits["test"] is not None:
+        raise UserError(
+            f"data.test_fraction={settings.test_fraction:g}: the data has a test split; set it or data.splits.test=null"
+        )
     for key in ("test", "val"):
         count, own = getattr(settings, f"n_{key}"), splits[key]
-        if count is None:
+        share = settings.test_fraction if key == "test" else None
+        if count is None and share is None:
             continue
         if own is not None:
             _enough(f"data.n_{key}", count, len(own), f"the {key} split")
@@ -288,10 +279,12 @@ def draw(settings: ImageData, source: Source, seed: int) -> tuple[dict[str, Spli
             splits[key] = own.subset(np.sort(order[:count]))
             continue
         # One sample at least has to stay for training.
-        _enough(f"data.n_{key}", count, len(rest) - 1, f"the train split that the {key} part can be taken from")
-        order = balanced(labels[rest], num_classes, derive(seed, "subset", key))[:count]
-        splits[key] = source.train.subset(np.sort(rest[order]))
-        rest = np.setdiff1d(rest, rest[order])
+        wanted = max(1, round(share * len(rest))) if share is not None else count
+        name = f"data.n_{key}" if share is None else "data.test_fraction"
+        _enough(name, wanted, len(rest) - 1, f"the train split that the {key} part can be taken from")
+        chosen = _apart(source.train.subset(rest), source.class_names, wanted, share, name, derive(seed, "subset", key))
+        splits[key] = source.train.subset(np.sort(rest[chosen]))
+        rest = np.setdiff1d(rest, rest[chosen])
     labels = labels[rest]
     if settings.n_train is not None:
         _enough("data.n_train", settings.n_train, len(rest), "the train split")
@@ -308,6 +301,24 @@ def draw(settings: ImageData, source: Source, seed: int) -> tuple[dict[str, Spli
     if len(rest) < len(source.train):
         splits["train"] = source.train.subset(rest)
     return splits, warnings
+
+
+def _apart(split: Split, class_names: list[str], count: int, share: float | None, key: str, seed: int) -> np.ndarray:
+    """Positions that are set apart: class-balanced, or in proportion where a share is asked for; groups stay whole.
+
+    Raises:
+        UserError: there is only one group.
+    """
+    classes, num_classes = strata(split.labels, class_names)
+    if split.groups is not None:
+        if len(set(split.groups)) < 2:
+            raise UserError(f"{key}={share or count}: there is one group alone, which cannot be divided")
+        return whole_groups(split.groups, label_table(split.labels, classes, num_classes), count / len(split), seed)
+    if share is None:
+        return balanced(classes, num_classes, seed)[:count]
+    if split.labels.ndim == 2:
+        return np.flatnonzero(iterative(split.labels, [1 - share, share], seed))
+    return proportional(classes, num_classes, seed)[:count]
 
 
 def _enough(key: str, count: int, available: int, where: str) -> None:

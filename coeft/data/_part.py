@@ -109,6 +109,15 @@ class Part:
         images: np.ndarray = self.fetch(np.arange(len(self)))
         return images
 
+    def class_counts(self, num_classes: int) -> np.ndarray | None:
+        """Samples of each class, (num_classes,); None where the labels are no classes."""
+        if self.labels.ndim == 2:
+            counts: np.ndarray = self.labels.sum(0).astype(np.int64)
+            return counts
+        if self.labels.dtype != np.int64 or not num_classes:
+            return None
+        return np.bincount(self.labels, minlength=num_classes)
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Part":
         """The samples at these positions, in this order; nothing is copied from the stores."""
         chosen = np.asarray(indices, dtype=np.int64)
