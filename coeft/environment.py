@@ -20,6 +20,7 @@ log = logging.getLogger("coeft")
 
 def environment(data: Data, threads: int) -> dict[str, Any]:
     """What RUN/environment.json holds; neither user nor host name stands in it."""
+    left_out = [shorten_home(text) for text in (*data.skipped, *data.empty)]
     return {
         **machine(),
         "threads": threads,
@@ -27,7 +28,7 @@ def environment(data: Data, threads: int) -> dict[str, Any]:
         "command": shorten_home(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "data_fingerprint": data.fingerprint,
         "data": data.fingerprints,
-        **({"left_out": [*data.skipped, *data.empty]} if data.skipped or data.empty else {}),
+        **({"left_out": left_out} if left_out else {}),
     }
 
 
