@@ -8,11 +8,12 @@ after the other in the forward, and again in the backward pass.
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from coeft import ranks
 from coeft.adapt import Stack
@@ -121,11 +122,23 @@ def shard(module: "TuningModule") -> None:
     for unit in found:
         for parameter in unit.parameters.values():
             parameter.data = parameter.data.contiguous()
+        unit.module.register_forward_hook(_own_outputs)
         fully_shard(unit.module, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
     module.to(device)  # what stays whole, as the shares are there already
     # ddp would send the shares of the first process to all others
     names = [f"model.{name}" for unit in found for name in unit.parameters]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def _own_outputs(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: outputs that are views become copies.
+
+    A change of a view in place, by the model that gets it, would lose torch's hook on it, which gathers the weights
+    again for the backward pass.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    return tree_map_only(Tensor, lambda tensor: tensor if tensor._base is None else tensor.clone(), output)
 
 
 def check_forward(module: "TuningModule", batch: Batch) -> None:

@@ -1,6 +1,7 @@
 """trainer.strategy=fsdp: what is divided among processes, and that the model computes as before."""
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,7 +95,9 @@ def computes_as_before(case: Case) -> None:
     handles = [module.register_forward_hook(watch(0), prepend=True) for module in modules]
     handles += [p.register_hook(watch(1)) for p in model.parameters() if p.requires_grad]
     for _ in range(2):
-        again, others = step(model, run)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="FSDP2")  # a view as output, which may not be changed in place
+            again, others = step(model, run)
         torch.testing.assert_close(again, outputs)
         assert others.keys() == gradients.keys()
         for name, gradient in gradients.items():
@@ -193,7 +196,7 @@ def test_tied_checkpointed_and_mixed_weights_train_as_before(tmp_path: Path) -> 
     def cases() -> Iterator[Case]:
         yield of_hf("llama", tie_word_embeddings=True, checkpointing=True)
         yield of_hf("llama", mixed=True)
-        yield of_hf("t5")
+        yield of_timm("swin")  # blocks that give views
 
     compute_as_before(cases, tmp_path)
 
@@ -205,7 +208,7 @@ def test_families_of_timm_train_as_before(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_families_of_transformers_train_as_before(tmp_path: Path) -> None:
-    compute_as_before(lambda: (of_hf(family) for family in tiny_hf.FAMILIES if family != "t5"), tmp_path)
+    compute_as_before(lambda: map(of_hf, tiny_hf.FAMILIES), tmp_path)
 
 
 def attached(**settings: Any) -> tuple[Backbone, Stack]:
