@@ -12,10 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coeft import adapter_io, ranks
+from coeft import adapter_io, precision, ranks
 from coeft.adapt import Stack
+<<<<<<< HEAD
 from coeft.backbones._backbone import Backbone, Fbank, Hearing, Preprocessing
 from coeft.config import TrainConfig, Trainer, allowed_by
+=======
+from coeft.backbones._backbone import Backbone, Preprocessing
+from coeft.config import TrainConfig, allowed_by
+>>>>>>> 78d2753 (trainer.precision=auto takes bf16 where it is fast; frozen weights are stored in it; attention in bf16 on the CPU has a backward pass of its own)
 from coeft.data._images import ImageEncoder, resolve_preprocessing
 from coeft.data._part import Batch, Encoder, Part
 from coeft.data._settings import check_text
@@ -95,6 +100,7 @@ def assemble(cfg: TrainConfig, backbone: Backbone, num_outputs: int, *, fold: in
         seed=cfg.seed,
         fold=fold,
         on_nan=cfg.trainer.on_nan,
+        precision=precision.choose(cfg.trainer.precision, backbone.model),
     )
     return Assembled(backbone=backbone, stack=stack, module=module, base=base)
 
@@ -225,12 +231,14 @@ def set_threads(cfg: TrainConfig, recorded: int | None = None, *, processes: int
     return torch.get_num_threads()
 
 
-def precision(trainer: Trainer) -> str:
-    """Lightning's name of the precision that trainer.precision means on this machine."""
-    if trainer.precision == "auto":
-        cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return "bf16-mixed" if cuda else "32-true"
-    return {"fp32": "32-true", "bf16": "bf16-mixed"}[trainer.precision]
+def settle(built: Assembled) -> Assembled:
+    """Keep frozen weights as training and evaluation compute with them, once the stack is filled; twice is once.
+
+    Exports and merges start from a model that was not settled: their weights have the base's own type.
+    """
+    if built.module.precision == "bf16":
+        precision.store(built.backbone)
+    return built
 
 
 def micro_batch_size(cfg: TrainConfig, devices: int) -> int:
@@ -263,7 +271,7 @@ def make_trainer(cfg: TrainConfig, root: Path, *, find_unused: bool = False, **k
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     trainer = L.Trainer(
         accelerator="auto",
-        precision=precision(cfg.trainer),  # type: ignore[arg-type]
+        precision="32-true",  # the module sees to it, for what runs outside of the Trainer too
         deterministic=True,
         default_root_dir=root,
         enable_model_summary=False,

@@ -85,7 +85,8 @@ class Trainer:
     micro_batch_size: int | None = None
     """Samples per device and forward; null is the whole batch. Accumulation follows from data.batch_size."""
     precision: str = "auto"
-    """auto, fp32 or bf16; auto is bf16 on a CUDA device that has it, else fp32."""
+    """auto, fp32 or bf16; auto is bf16 for models of 2 M weights and more in linear layers, where the hardware
+    multiplies it, else fp32. Frozen weights are then stored in bf16; what is trained, the head and the loss are fp32."""
     devices: Any = 1
     """Number of devices, a list of GPUs such as [0,2], or auto: all GPUs. Without a GPU, a number of processes."""
     strategy: str = "auto"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from coeft.assemble import encoder, restore, set_threads
+from coeft.assemble import encoder, restore, set_threads, settle
 from coeft.config import NOTHING, Allowed, TrainConfig, apply_overrides
 from coeft.data._data import Data, load_data
 from coeft.data._folds import make_folds
@@ -57,6 +57,7 @@ def evaluate(path: str | Path, overrides: Mapping[str, Any], *, allowed: Allowed
     data: Data | None = None
     for fold in run.folds or [0]:
         built, class_names = restore(run.config, run.adapter(fold if run.folds else None))
+        settle(built)
         if data is None:
             data = load_data(
                 cfg.data,

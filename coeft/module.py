@@ -15,6 +15,7 @@ from coeft.adapt import Stack
 from coeft.backbones._backbone import Backbone
 from coeft.errors import UserError
 from coeft.optim._schedule import factor
+from coeft.precision import computing
 from coeft.seeding import reseed
 from coeft.tasks._task import Task
 
@@ -98,6 +99,7 @@ class TuningModule(L.LightningModule):
         seed: int = 0,
         fold: int = 0,
         on_nan: str = "stop",
+        precision: str = "fp32",
     ) -> None:
         super().__init__()
         self.model = backbone.model
@@ -105,6 +107,8 @@ class TuningModule(L.LightningModule):
         self.augment: Transform | None = augment
         self.backbone, self.stack, self.task, self.optim = backbone, stack, task, optim
         self.seed, self.fold = seed, fold
+        self.precision = precision
+        """fp32 or bf16: what the model computes in."""
         self.val_metrics, self.test_metrics = task.metrics(), task.metrics()
         self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
         self.extras: dict[str, Any] = {}
@@ -120,7 +124,9 @@ class TuningModule(L.LightningModule):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """A batch of the data to what the task takes as logits, such as (B, num_outputs)."""
-        return self.task.forward(self.backbone, self.prepared(batch), batch, training=self.training)
+        inputs = self.prepared(batch)
+        with computing(self.precision, self.device):
+            return self.task.forward(self.backbone, inputs, batch, training=self.training)
 
     def prepared(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A batch without its labels as the backbone takes it: uint8 images normalised, sounds as pictures."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coeft.answer import Wishes, answer
-from coeft.assemble import encoder, make_trainer, restore, set_threads
+from coeft.assemble import encoder, make_trainer, restore, set_threads, settle
 from coeft.config import NOTHING, Allowed, TrainConfig
 from coeft.data._data import load_inputs
 from coeft.data._images import image_inputs
@@ -65,6 +65,7 @@ def predict(
     part: Part | None = None
     for adapter in adapters:
         built, class_names = restore(run.config, adapter)
+        settle(built)
         if part is None:
             encode = encoder(run.config, built.backbone)
             part = load_inputs(_inputs(run.config, inputs, encode.modality), encode, run.config.data.on_error)

@@ -34,6 +34,7 @@ from coeft.assemble import (
     make_trainer,
     micro_batch_size,
     set_threads,
+    settle,
     start_from,
 )
 from coeft.backbones._backbone import Backbone
@@ -55,6 +56,7 @@ from coeft.loggers._metrics_csv import MetricsCSV, cut
 from coeft.memory import warn_of_memory
 from coeft.model_card import model_card
 from coeft.module import TuningModule
+from coeft.precision import computing
 from coeft.run import (
     LogFormat,
     check_run_dir,
@@ -295,7 +297,7 @@ def _assemble_fold(cfg: TrainConfig, backbone: Backbone, data: Data, fold: Fold)
     check_forward(built, fold.train)
     if cfg.init_from is None:
         calibrate(built, fold.train)
-    return built
+    return settle(built)
 
 
 @contextmanager
@@ -656,7 +658,8 @@ class EpochSamples(L.Callback):
         if trainer.is_global_zero or self.together:
             tuning = cast(TuningModule, module)
             file = self.file if trainer.is_global_zero else Path(os.devnull)
-            tuning.task.write_samples(tuning.backbone, self.part, file, epoch=trainer.current_epoch, seed=self.seed)
+            with computing(tuning.precision, tuning.device):
+                tuning.task.write_samples(tuning.backbone, self.part, file, epoch=trainer.current_epoch, seed=self.seed)
 
 
 class Watcher(L.Callback):

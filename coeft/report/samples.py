@@ -97,7 +97,7 @@ class Opened:
         Raises:
             UserError: the base model or the adapter is not there any more, or does not fit.
         """
-        from coeft.assemble import restore, set_threads
+        from coeft.assemble import restore, set_threads, settle
 
         if self._model is None or self._model[0] != fold:
             environment = self.record.run.path / "environment.json"
@@ -107,7 +107,7 @@ class Opened:
                 torch.set_num_threads(read_json(environment)["threads"])
             set_threads(self.config)
             built, class_names = restore(self.config, self.record.run.adapter(fold))
-            built.backbone.model.eval()
+            settle(built).backbone.model.eval()
             self._model = fold, built, class_names
         return self._model[1], self._model[2]
 

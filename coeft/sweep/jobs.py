@@ -18,7 +18,7 @@ import torch
 
 from coeft import suite
 from coeft import train as training
-from coeft.assemble import restore
+from coeft.assemble import restore, settle
 from coeft.config import NOTHING, Allowed, TrainConfig, allowed_by, shorten_home
 from coeft.errors import UserError
 from coeft.run import Run, read_json, write_text
@@ -223,7 +223,7 @@ def latency_ms(run_dir: Path, *, repeats: int = 20, allowed: Allowed = NOTHING) 
     """Milliseconds of one forward of a finished run's model on one sample, the median of `repeats` on this machine."""
     run = Run.open(run_dir, allowed=allowed)
     built, _ = restore(run.config, run.adapter(run.folds[0] if run.folds else None))
-    module = built.module.eval()
+    module = settle(built).module.eval()
     if torch.cuda.is_available():
         module = module.cuda()
     sample = {name: value.to(module.device) for name, value in built.backbone.example().items()}

@@ -19,6 +19,7 @@ from coeft.adapt import Stack, count_parameters, merge
 from coeft.attention.timm import find_sites
 from coeft.backbones._backbone import Backbone, Preprocessing
 from coeft.config import kinds, method_settings, methods_by_name, preset, settings_class
+from coeft.precision import computing, store
 
 KINDS = kinds("peft")
 METHODS = [name for name in methods_by_name() if "kind" in preset(name) and name != "hf"]  # hf needs a type
@@ -329,6 +330,52 @@ def test_edits_see_the_base_model_alone_whatever_is_inside_its_layers() -> None:
         expected = backbone.model(images())
         assert merge(backbone, stack) == []
         torch.testing.assert_close(backbone.model(images()), expected, rtol=1e-5, atol=1e-5)
+
+
+def loss_and_gradients(kind: str, arithmetic: str) -> tuple[Any, dict[str, Any]]:
+    """Of a stack whose parameters have left their start."""
+    backbone, stack = attached(kind)
+    generator = torch.Generator().manual_seed(5)
+    owned = {name: p for parameters in stack.parameters().values() for name, p in parameters.items()}
+    with torch.no_grad():
+        for parameter in owned.values():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    if arithmetic == "bf16":
+        store(backbone)
+    backbone.model.eval()
+    with computing(arithmetic, torch.device("cpu")):
+        logits = backbone.model(images())
+    loss = nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 2, 3]))
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in owned.items()}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_method_trains_over_weights_in_bf16(kind: str) -> None:
+    """Loss and gradients are those of float32 up to the rounding of bf16; gradients are kept in float32."""
+    wanted, gradients = loss_and_gradients(kind, "fp32")
+    loss, found = loss_and_gradients(kind, "bf16")
+    torch.testing.assert_close(loss, wanted, rtol=0.03, atol=0.03)
+    ours, theirs = [], []
+    for name, gradient in gradients.items():
+        assert (gradient is None) == (found[name] is None), name
+        if gradient is not None:
+            assert found[name].dtype == torch.float32, name
+            ours.append(found[name].flatten())
+            theirs.append(gradient.flatten())
+    assert nn.functional.cosine_similarity(torch.cat(ours), torch.cat(theirs), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_adapters_of_models_in_bf16_are_in_float32(kind: str) -> None:
+    backbone, stack = attached(kind)
+    wanted = [attachment.pack()[1] for attachment in stack.attachments]
+    store(backbone)
+    for attachment, before in zip(stack.attachments, wanted, strict=True):
+        found = attachment.pack()[1]
+        assert found.keys() == before.keys()
+        for name, tensor in found.items():
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.slow
