@@ -14,13 +14,8 @@ from torch import Tensor
 
 from coeft import adapter_io, precision, ranks
 from coeft.adapt import Stack
-<<<<<<< HEAD
 from coeft.backbones._backbone import Backbone, Fbank, Hearing, Preprocessing
-from coeft.config import TrainConfig, Trainer, allowed_by
-=======
-from coeft.backbones._backbone import Backbone, Preprocessing
 from coeft.config import TrainConfig, allowed_by
->>>>>>> 78d2753 (trainer.precision=auto takes bf16 where it is fast; frozen weights are stored in it; attention in bf16 on the CPU has a backward pass of its own)
 from coeft.data._images import ImageEncoder, resolve_preprocessing
 from coeft.data._part import Batch, Encoder, Part
 from coeft.data._settings import check_text

@@ -85,8 +85,13 @@ class Trainer:
     micro_batch_size: int | None = None
     """Samples per device and forward; null is the whole batch. Accumulation follows from data.batch_size."""
     precision: str = "auto"
-    """auto, fp32 or bf16; auto is bf16 for models of 2 M weights and more in linear layers, where the hardware
-    multiplies it, else fp32. Frozen weights are then stored in bf16; what is trained, the head and the loss are fp32."""
+    """auto, fp32 or bf16. auto is bf16 for models of 2 M weights and more in linear layers where the hardware
+    multiplies it, else fp32. Under bf16 frozen weights are stored in it; what is trained, head and loss stay fp32."""
+    compile: bool = False
+    """Let torch.compile make code for the blocks of the model; needs a C++ compiler."""
+    cache_frozen: Any = "auto"
+    """auto, true or false: compute what the frozen layers below the first trained one give once for every image. auto
+    does where that is exact and fits into a quarter of the free memory."""
     devices: Any = 1
     """Number of devices, a list of GPUs such as [0,2], or auto: all GPUs. Without a GPU, a number of processes."""
     strategy: str = "auto"
@@ -110,6 +115,8 @@ class Trainer:
             raise UserError(f"trainer.on_nan must be stop or skip, not {self.on_nan!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"trainer.precision must be auto, fp32 or bf16, not {self.precision!r}")
+        if self.cache_frozen not in ("auto", True, False):
+            raise UserError(f"trainer.cache_frozen must be auto, true or false, not {self.cache_frozen!r}")
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise UserError(f"trainer.threads must be 1 to {MOST_THREADS}, or null, not {self.threads}")
         if not _are_devices(self.devices):

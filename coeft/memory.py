@@ -88,7 +88,7 @@ def probe(built: Assembled, batch: Batch) -> tuple[float, int]:
         return tensor
 
     held = {p.untyped_storage().data_ptr() for p in built.module.parameters()}
-    with _unchanged(built.module), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with unchanged(built.module), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         built.module.train()
         loss = built.module.task.loss(built.module(batch), batch, training=True)
         total = sum(size for pointer, size in saved.items() if pointer not in held)
@@ -96,7 +96,8 @@ def probe(built: Assembled, batch: Batch) -> tuple[float, int]:
 
 
 @contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Modes, buffers and the CPU's random generator of a module are as they were afterwards."""
     modes = {each: each.training for each in module.modules()}
     buffers = {buffer: buffer.clone() for buffer in module.buffers()}
     try:

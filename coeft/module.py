@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,12 @@ class Step:
     weight: int = 0
     samples: int = 0
 
-    def add(self, loss: Tensor, batch: Mapping[str, Tensor], task: Task) -> int:
+    def add(self, loss: float, batch: Mapping[str, Tensor], task: Task) -> int:
         """Count a micro-batch and its mean loss; its units. One that only fills up a process's share has none."""
         if "filler" in batch:
             return 0
         weight = task.weight(batch)
-        self.loss += float(loss.detach()) * weight
+        self.loss += loss * weight
         self.weight += weight
         self.samples += int(batch["texts"].sum()) if "texts" in batch else len(batch["labels"])
         return weight
@@ -78,6 +79,49 @@ class MeanLoss(Metric):
         return self.total / self.weight
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A place at which a model may start, because what arrives there was kept; see coeft/frozen.py."""
+
+    name: str
+    """A block, or the head."""
+    skipped: dict[str, bool]
+    """The blocks before it, and whether they give tuples."""
+
+    @contextmanager
+    def start(self, model: nn.Module, features: Tensor) -> Iterator[None]:
+        """A context in which the forward of the model gives what it would if these features had arrived here, (B, ...).
+
+        The model's first input must still be there, of any content: it passes by the blocks that are left out.
+        """
+
+        def instead(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (features, *args[1:])
+
+        children = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in self.skipped]
+        kept = [parent._modules[child] for parent, child in children]
+        handle = model.get_submodule(self.name).register_forward_pre_hook(instead, prepend=True)
+        try:
+            for (parent, child), gives_tuple in zip(children, self.skipped.values(), strict=True):
+                parent._modules[child] = _Pass(gives_tuple)
+            yield
+        finally:
+            handle.remove()
+            for (parent, child), module in zip(children, kept, strict=True):
+                parent._modules[child] = module
+
+
+class _Pass(nn.Module):
+    """In place of a block: gives what it is given."""
+
+    def __init__(self, gives_tuple: bool) -> None:
+        super().__init__()
+        self.gives_tuple = gives_tuple
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if self.gives_tuple else hidden
+
+
 class TuningModule(L.LightningModule):
     """Trains what a stack left trainable; checkpoints hold only that.
 
@@ -109,6 +153,8 @@ class TuningModule(L.LightningModule):
         self.seed, self.fold = seed, fold
         self.precision = precision
         """fp32 or bf16: what the model computes in."""
+        self.cut: Cut | None = None
+        """Where the model starts, for batches with `features` in place of images."""
         self.val_metrics, self.test_metrics = task.metrics(), task.metrics()
         self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
         self.extras: dict[str, Any] = {}
@@ -125,12 +171,20 @@ class TuningModule(L.LightningModule):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """A batch of the data to what the task takes as logits, such as (B, num_outputs)."""
         inputs = self.prepared(batch)
-        with computing(self.precision, self.device):
+        with ExitStack() as contexts:
+            contexts.enter_context(computing(self.precision, self.device))
+            if "features" in batch:
+                assert self.cut is not None
+                contexts.enter_context(self.cut.start(self.model, batch["features"]))
             return self.task.forward(self.backbone, inputs, batch, training=self.training)
 
     def prepared(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A batch without its labels as the backbone takes it: uint8 images normalised, sounds as pictures."""
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "filler")}
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "filler", "features")}
+        if "features" in batch:  # of the right shape for what is left of the way to the cut
+            blank = self.backbone.example()["pixel_values"].to(self.device)
+            inputs["pixel_values"] = blank.expand(len(batch["features"]), *blank.shape[1:])
+            return inputs
         if self.prepare is not None:
             inputs[self.prepare.gives] = self.prepare(inputs.pop(self.prepare.takes))
         return inputs
@@ -143,9 +197,10 @@ class TuningModule(L.LightningModule):
         if self.augment is not None:
             batch = {**batch, self.augment.takes: self.augment(batch[self.augment.takes])}
         loss = self.task.loss(self(batch), batch, training=True)
-        weight = self.step.add(loss, batch, self.task)
-        if not torch.isfinite(loss):
-            self.bad_loss = float(loss.detach())
+        value = float(loss.detach())  # once: on a GPU this waits for the forward
+        weight = self.step.add(value, batch, self.task)
+        if not math.isfinite(value):
+            self.bad_loss = value
             loss = loss * math.nan  # in every gradient, so that all processes find it before they step
         if self.trainer.world_size == self.trainer.accumulate_grad_batches == 1:
             return loss

@@ -1,9 +1,9 @@
 """The arithmetic of a run: whether matrix products are in bf16, and what is kept in it.
 
-In bf16 the model runs under torch.autocast: matrix products, convolutions and attention take and give bf16 and add up in
-float32; norms, softmax statistics and residual sums of a model in float32 stay float32. The weights of frozen layers are
-stored in bf16 once, so that no step casts them; what is trained, its gradients, the optimizer's state, the task's head
-and the loss are float32. On the CPU attention has the backward pass of coeft/attention/half.py.
+In bf16 the model runs under torch.autocast: matrix products, convolutions and attention take and give bf16 and add up
+in float32; norms, softmax statistics and residual sums of a model in float32 stay float32. The weights of frozen layers
+are stored in bf16 once, so that no step casts them; what is trained, its gradients, the optimizer's state, the task's
+head and the loss are float32. On the CPU attention has the backward pass of coeft/attention/half.py.
 """
 
 from collections.abc import Iterator
@@ -49,6 +49,7 @@ def store(backbone: Backbone) -> None:
     In place, for a model that will run in bf16 and whose stack is attached and filled; twice is once. A weight that
     another kind of module uses too, as tied embeddings, and one that a hook or a parametrisation makes, stays.
     """
+    heads = {id(parameter) for parameter in backbone.head_parameters().values()}
     users: dict[int, list[nn.Module]] = {}
     for module in backbone.model.modules():
         for parameter in module._parameters.values():
@@ -59,6 +60,8 @@ def store(backbone: Backbone) -> None:
             continue
         for parameter in (module._parameters.get("weight"), module._parameters.get("bias")):
             if parameter is None or parameter.requires_grad or parameter.dtype != torch.float32:
+                continue
+            if id(parameter) in heads:
                 continue
             if all(isinstance(user, nn.Linear | nn.Conv1d | nn.Conv2d) for user in users[id(parameter)]):
                 parameter.data = parameter.data.to(torch.bfloat16)

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from coeft import adapter_io, checkpoint, plots, ranks, sharding
+from coeft import adapter_io, checkpoint, compiled, plots, ranks, sharding
 from coeft.adapt import count_parameters
 from coeft.assemble import (
     Assembled,
@@ -48,6 +48,7 @@ from coeft.data._part import Part
 from coeft.environment import changed_data, environment, machine, warn_of_changes
 from coeft.errors import UserError
 from coeft.faults import LogFile, lower, told
+from coeft.frozen import Kept
 from coeft.interrupt import Interrupted as Interrupted  # what train raises
 from coeft.interrupt import interruptible
 from coeft.lock import hold, was_killed
@@ -242,6 +243,8 @@ def prepare(cfg: TrainConfig, *, look: Callable[[Data, Backbone], None] = lambda
         UserError: whatever would stop the training before its first step.
     """
     ranks.count(cfg.trainer)  # refuses devices that there are not
+    if cfg.trainer.compile:
+        compiled.check()
     backbone = build_backbone(cfg)
     with decoding(show=cfg.trainer.progress and sys.stderr.isatty() and ranks.is_first()) as progress:
         data = load_data(
@@ -358,6 +361,7 @@ def _all_folds(
 ) -> list[Outcome]:
     """Train and measure every fold that is not complete; `boards` are those of the first process."""
     outcomes = []
+    kept = Kept(cfg, prepared.folds)
     for fold in prepared.folds:
         folder = fold_dir(run_dir, cfg, fold)
         if (folder / "fold.json").is_file():
@@ -366,7 +370,10 @@ def _all_folds(
         first = fold is prepared.folds[0]
         with told(cfg, run_dir, fold_name(cfg, fold)):
             built = prepared.first if first else _assemble_fold(cfg, build_backbone(cfg), prepared.data, fold)
-            outcomes.append(_fit_fold(cfg, run_dir, folder, fold, built, prepared.data, watch, boards))
+            used = kept.use(built, fold)
+            if cfg.trainer.compile:
+                compiled.compile_blocks(built.backbone)
+            outcomes.append(_fit_fold(cfg, run_dir, folder, used, built, prepared.data, watch, boards))
     return outcomes
 
 
@@ -556,7 +563,13 @@ def _train_epochs(
         callbacks.append(EarlyStopping(best.monitor, mode=task.mode, patience=cfg.trainer.patience, min_delta=0.0))
     if fold.val is not None:
         callbacks.append(
-            EpochSamples(fold.val, folder / "samples.jsonl", cfg.seed, together=ranks.divided(cfg.trainer))
+            EpochSamples(
+                fold.val,
+                folder / "samples.jsonl",
+                cfg.seed,
+                together=ranks.divided(cfg.trainer),
+                compiled=cfg.trainer.compile,
+            )
         )
     if watch is not None:
         callbacks.append(Watcher(watch, run_dir, fold.index))
@@ -649,16 +662,19 @@ class EpochSamples(L.Callback):
 
     Args:
         together: all processes have to go through the model; still the first alone writes.
+        compiled: the blocks of the model are, for training.
     """
 
-    def __init__(self, part: Part, file: Path, seed: int, *, together: bool = False) -> None:
-        self.part, self.file, self.seed, self.together = part, file, seed, together
+    def __init__(
+        self, part: Part, file: Path, seed: int, *, together: bool = False, compiled: bool = False
+    ) -> None:
+        self.part, self.file, self.seed, self.together, self.compiled = part, file, seed, together, compiled
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero or self.together:
             tuning = cast(TuningModule, module)
             file = self.file if trainer.is_global_zero else Path(os.devnull)
-            with computing(tuning.precision, tuning.device):
+            with computing(tuning.precision, tuning.device), compiled.eagerly(self.compiled):
                 tuning.task.write_samples(tuning.backbone, self.part, file, epoch=trainer.current_epoch, seed=self.seed)
 
 

@@ -1,9 +1,9 @@
 """Plain attention in half precision on the CPU, with a backward pass that uses the fast matrix products.
 
-torch's own CPU kernel multiplies bf16 in hardware in the forward pass, and not in the backward pass, which takes 5 to 50
-times as long as it need (docs/performance.md). `fast_attention()` puts another backward pass in its place wherever a
-model calls torch's scaled_dot_product_attention: the maps are formed again from queries and keys, some items at a time,
-so that memory is linear in the tokens as before. The forward pass is torch's.
+torch's own CPU kernel multiplies bf16 in hardware in the forward pass, and not in the backward pass, which takes up to
+fifty times as long as the forward (docs/performance.md). `fast_attention()` puts another backward pass in its place
+wherever a model calls torch's scaled_dot_product_attention: the maps are formed again from queries and keys, some items
+at a time, so that memory is linear in the tokens as before. The forward pass is torch's.
 """
 
 import math
@@ -64,10 +64,11 @@ def _gradients(
     found = [torch.empty_like(t) if need else None for t, need in zip((query, key, value), needs, strict=False)]
     for item in _blocks(items, many):
         for head in _blocks(heads, wide):
-            block = [t[item, head].flatten(0, 1) for t in (grad, query, key, value)]
+            g, q, k, v = (t[item, head].flatten(0, 1) for t in (grad, query, key, value))
             hidden = None if mask is None else mask[_part(mask, 0, item), _part(mask, 1, head)]
             shape = (item.stop - item.start, head.stop - head.start)
-            for whole, part in zip(found, _block_gradients(*block, hidden, shape, causal, scale, needs), strict=True):
+            parts = _block_gradients(g, q, k, v, hidden, shape, causal, scale, needs)
+            for whole, part in zip(found, parts, strict=True):
                 if whole is not None:
                     whole[item, head] = part.unflatten(0, shape)
     if groups > 1:
@@ -201,9 +202,10 @@ def _attend(
             attn_mask = attn_mask.to(dtype)
     with torch.autocast("cpu", enabled=False):
         if key.shape[2] * key.shape[3] < SMALL:
-            exact = (t.to(dtype).float() for t in inputs)
+            q, k, v = (t.to(dtype).float() for t in inputs)
+            mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.float()
             return F.scaled_dot_product_attention(
-                *exact, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+                q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
             ).to(dtype)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         out: Tensor = _Attention.apply(*(t.to(dtype) for t in inputs), attn_mask, is_causal, scale)

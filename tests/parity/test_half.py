@@ -94,6 +94,12 @@ def test_small_heads_take_the_kernel_of_float32() -> None:
         found = gradients(query, key, value, grad)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.equal(ours, theirs.to(BF16))
+    bias = torch.randn(2, 17, 17, generator=torch.Generator().manual_seed(1))
+    with fast_attention(), torch.autocast("cpu", BF16):
+        found = gradients(query, key, value, grad, attn_mask=bias)
+    wanted = gradients(query.double(), key.double(), value.double(), grad.double(), attn_mask=bias.double())
+    for ours, wants in zip(found, wanted, strict=True):
+        assert (ours.double() - wants).norm() < 0.01 * wants.norm()
 
 
 def test_under_autocast_inputs_in_float32_are_taken_in_half_precision() -> None:
