@@ -115,6 +115,8 @@ class Trainer:
             raise UserError(f"trainer.on_nan must be stop or skip, not {self.on_nan!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"trainer.precision must be auto, fp32 or bf16, not {self.precision!r}")
+        if self.compile and self.strategy == "fsdp":
+            raise UserError("trainer.compile=true does not go together with trainer.strategy=fsdp; take one of them")
         if self.cache_frozen not in ("auto", True, False):
             raise UserError(f"trainer.cache_frozen must be auto, true or false, not {self.cache_frozen!r}")
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:

@@ -665,9 +665,7 @@ class EpochSamples(L.Callback):
         compiled: the blocks of the model are, for training.
     """
 
-    def __init__(
-        self, part: Part, file: Path, seed: int, *, together: bool = False, compiled: bool = False
-    ) -> None:
+    def __init__(self, part: Part, file: Path, seed: int, *, together: bool = False, compiled: bool = False) -> None:
         self.part, self.file, self.seed, self.together, self.compiled = part, file, seed, together, compiled
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
