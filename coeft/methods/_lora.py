@@ -40,7 +40,7 @@ class LoRAUpdate(Addition):
 
     def low_rank(self, input: Tensor) -> Tensor:
         """add() of inputs that dropout has seen."""
-        return F.linear(F.linear(input, self.lora_A), self.lora_B * self.scale)  # the scale on the smaller tensor
+        return F.linear(F.linear(input, self.lora_A) * self.scale, self.lora_B)  # the scale on the smaller tensor
 
     def drop(self, input: Tensor) -> Tensor:
         return cast(Tensor, self.dropout(input))
