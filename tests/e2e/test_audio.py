@@ -253,8 +253,8 @@ def test_the_recipes_name_three_augmentations_five_folds_and_every_model() -> No
 def test_the_methods_of_the_recipe_separate_31_rotors_from_chance(tmp_path: Path) -> None:
     """Five folds each of EfficientNet-B0, full and by LoRA, and of a ViT by coeff and LoRA; chance is 0.032.
 
-    Neither has seen anything before: full fine-tuning of EfficientNet-B0 on other hums stands for its training, and
-    LoRA starts there.
+    Their pre-training is full fine-tuning from random weights on other clips of some of the hums, since weights that
+    were trained on images cannot be had in tests.
     """
     from coeft.export import export_weights
 
