@@ -25,7 +25,12 @@ PAPER = {
     "dora": "VL-BART: 77.4 → 77.7",
 }  # fmt: skip
 STARTS = {"coeff": ("residual", "73.49"), "start_identity": ("identity", "61.57"), "start_random": ("random", "44.28")}
-DROPOUT = {"0": "75.1", "0.1": "77.3", "0.2": "77.7", "0.4": "72.3"}
+DROPOUTS = {
+    "dropout_0": ("0", "75.1"),
+    "dropout_0.1": ("0.1", "77.3"),
+    "coeff": ("0.2", "77.7"),
+    "dropout_0.4": ("0.4", "72.3"),
+}
 
 
 def keep(run: Path, name: str) -> None:
@@ -60,37 +65,6 @@ def difference(one: list[float], other: list[float]) -> str:
     return f"{mean(paired):+.4f} ± {stdev(paired):.4f}".replace("-", "−")
 
 
-def zoo(members: Members) -> list[list[str]]:
-    """A row per method, by its accuracy."""
-    steps = json.loads((KEPT / "zoo_steps.json").read_text())["members"]
-    alone = [name for name in members if not name.startswith("coeff_")]
-    rows = [
-        [
-            "method",
-            "parameters",
-            "alone",
-            "with coeff",
-            "difference",
-            "step",
-            "with coeff",
-            "kept",
-            "with coeff",
-            "merges",
-        ]
-    ]
-    for name in sorted(alone, key=lambda name: -mean(members[name]["folds"])):
-        partner = "coeff" if name == "none" else f"coeff_{name}"
-        both = members.get(partner) if name != "coeff" else None
-        step, beside = steps[name], steps.get(partner) if both else None
-        rows.append([
-            name, f"{members[name]['parameters']:,}", spread(members[name]["folds"]),
-            spread(both["folds"]) if both else "", difference(members[name]["folds"], both["folds"]) if both else "",
-            f"{step['step']:.2f}", f"{beside['step']:.2f}" if beside else "",
-            f"{step['kept_mib']:.1f}", f"{beside['kept_mib']:.1f}" if beside else "", "yes" if step["merges"] else "no",
-        ])  # fmt: skip
-    return rows
-
-
 def with_and_without(members: Members) -> list[list[str]]:
     """Each method of the paper without and with coeff."""
     rows = [["method", "parameters", "without coeff", "with coeff", "difference", "the paper's"]]
@@ -101,11 +75,6 @@ def with_and_without(members: Members) -> list[list[str]]:
             difference(one["folds"], both["folds"]), PAPER.get(name, ""),
         ])  # fmt: skip
     return rows
-
-
-def dropouts(own: str) -> dict[str, tuple[str, str]]:
-    """The variants of dropout, of which the recipe's own is the member coeff."""
-    return {"coeff" if text == own else f"dropout_{text}": (text, paper) for text, paper in DROPOUT.items()}
 
 
 def variants(title: str, named: Mapping[str, tuple[str, str]]) -> Rows:
@@ -121,13 +90,9 @@ def variants(title: str, named: Mapping[str, tuple[str, str]]) -> Rows:
 
 COEFF = "coeff-tuning.md"
 TABLES: dict[str, tuple[str, str, Rows]] = {
-    "zoo": ("methods.md", "zoo", zoo),
     "ablation": (COEFF, "ablation", with_and_without),
     "starts": (COEFF, "ablation", variants("start of α", STARTS)),
-    "dropout": (COEFF, "ablation", variants("dropout on α", dropouts("0.2"))),
-    "ablation_text": (COEFF, "ablation_text", with_and_without),
-    "starts_text": (COEFF, "ablation_text", variants("start of α", STARTS)),
-    "dropout_text": (COEFF, "ablation_text", variants("dropout on α", dropouts("0"))),
+    "dropout": (COEFF, "ablation", variants("dropout on α", DROPOUTS)),
 }
 """Name of a table -> its page, the file of its figures, and its rows, the titles first."""
 
