@@ -3,12 +3,13 @@
     OMP_NUM_THREADS=1 python benchmarks/train.py [--model vit_small_patch16_224] [--train 128] [--epochs 2] \\
         [--repeats 3] [--weights FILE] [--out train.json]
 
-Both train LoRA of rank 8 on the same layers of the same model, with the same images, batches, epochs, schedule-free
-rates and validation images, in one thread; each run is a process of its own, interleaved. The loop is the float32 one
-that people write (`loop` below). Samples per second are of the training itself, after the imports, by CPU seconds,
-which other programs disturb less than wall-clock time. "outside of steps" is what `coeft train` spends beside its
-training steps and validation, from its first line of work to results.json, in seconds and as a share. Random weights
-unless --weights names a file of the model, so that the accuracies only say that both learn alike.
+Both train LoRA of rank 8 on the same layers of the same model, on the same images in batches of 16, with the same
+constant rate, and validate on the same others after every epoch, in one thread; each run is a process of its own,
+interleaved. The order of the images and the start of LoRA and head are drawn by each in its own way. The loop is the
+float32 one that people write (`loop` below). Samples per second are of the steps and the validation, after the imports,
+by CPU seconds, which other programs disturb less than wall-clock time. "outside of steps" is what else `coeft train`
+does, from its first line of work to results.json, in seconds and as a share. Random weights unless --weights names a
+file of the model, so that the accuracies only say that both learn alike.
 """
 
 import argparse
@@ -21,6 +22,17 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+
+def settings(options: argparse.Namespace) -> list[str]:
+    """What both train on."""
+    line = [
+        "backbone=timm", f"backbone.name={options.model}", "backbone.pretrained=false", "peft=lora", "data=digits",
+        f"data.n_train={options.train}", f"data.n_val={options.val}", "data.image_size=224", "data.batch_size=16",
+        f"trainer.max_epochs={options.epochs}", "trainer.progress=false", "trainer.threads=1", "cv.val_fraction=0",
+        "optim.schedule=constant", "optim.warmup_fraction=0", "optim.lr=1e-3", "optim.head.lr=1e-3",
+    ]  # fmt: skip
+    return line + ([f"backbone.weights={options.weights}"] if options.weights else [])
 
 
 def coeft_run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -50,16 +62,8 @@ def coeft_run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     TuningModule.on_validation_start, TuningModule.on_validation_end = enter, leave  # type: ignore[method-assign]
     import coeft.train  # noqa: F401 (the imports come before the clock)
 
-    line = [
-        "backbone=timm", f"backbone.name={options.model}", "backbone.pretrained=false", "peft=lora", "data=digits",
-        f"data.n_train={options.train}", f"data.n_val={options.val}", "data.image_size=224", "data.batch_size=16",
-        f"trainer.max_epochs={options.epochs}", "trainer.progress=false", "trainer.threads=1", "cv.val_fraction=0",
-        "optim.schedule=constant", "optim.warmup_fraction=0", "optim.lr=1e-3", f"run_dir={folder}",
-    ]  # fmt: skip
-    if options.weights:
-        line.append(f"backbone.weights={options.weights}")
     begin = time.process_time()
-    if main(["train", *line]) != 0:
+    if main(["train", *settings(options), f"run_dir={folder}"]) != 0:
         raise SystemExit("coeft train failed")
     total = time.process_time() - begin
     results = json.loads((folder / "results.json").read_text())
@@ -73,23 +77,28 @@ def coeft_run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def loop(options: argparse.Namespace) -> dict[str, Any]:
     """What people write by hand."""
-    import numpy as np
     import peft
     import timm
     import torch
-    from sklearn.datasets import load_digits
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
+    from coeft.cli.compose import compose
+    from coeft.train import prepare
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    digits = load_digits()
-    chosen = np.random.default_rng(0).permutation(len(digits.target))
-    images = torch.from_numpy(digits.images[chosen] / 16).float()[:, None].repeat(1, 3, 1, 1)
-    images = nn.functional.interpolate(images, size=224, mode="bilinear").sub(0.5).div(0.5)
-    labels = torch.from_numpy(digits.target[chosen])
-    parts = [slice(0, options.train), slice(options.train, options.train + options.val)]
-    train, val = (TensorDataset(images[part], labels[part]) for part in parts)
+    [composition] = compose(settings(options))
+    prepared = prepare(composition.config)
+    fold, pixels = prepared.folds[0], prepared.first.backbone.preprocessing
+    assert fold.val is not None and pixels is not None
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (pixels.mean, pixels.std))
+    sets = []
+    for part in (fold.train, fold.val):
+        batch = part.batch(range(len(part)))
+        sets.append(TensorDataset((batch["pixel_values"] / 255 - mean) / std, batch["labels"]))
+    train, val = sets
+    del prepared, fold, part, batch
     model = timm.create_model(options.model, pretrained=False, num_classes=10)
     if options.weights:
         from safetensors.torch import load_file

@@ -89,6 +89,7 @@ TYPED = [
     train("a norm of zero", ["trainer.clip_norm=0"], "trainer.clip_norm must be positive"),
     train("a norm that is no number", ["trainer.clip_norm=nan"], "trainer.clip_norm must be positive"),
     train("an unknown precision", ["trainer.precision=fp16"], "trainer.precision must be auto, fp32 or bf16"),
+    train("no way to keep features", ["trainer.cache_frozen=maybe"], "cache_frozen must be auto, true or false"),
     train("no threads", ["trainer.threads=0"], "trainer.threads must be 1 to"),
     train("too many threads", ["trainer.threads=10000000000"], "trainer.threads", "10000000000"),
     train("a micro-batch of none", ["trainer.micro_batch_size=0"], "micro_batch_size must be 1 or more"),
