@@ -85,10 +85,10 @@ class Kept:
 
     def _reason(self, built: Assembled, fold: Fold) -> Cut | str:
         """Where the model may start, with features at hand, or why it may not."""
-        if built.backbone.modality != "image":
+        if built.backbone.modality == "text":
             return "features of texts are not kept, since they depend on the texts beside them in a batch"
         if built.module.augment is not None:
-            return "data.augment gives other images in every epoch"
+            return "data.augment gives other samples in every epoch"
         if ranks.place().world > 1:
             return "several processes train"
         cut = find(built, fold.train)

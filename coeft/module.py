@@ -182,8 +182,10 @@ class TuningModule(L.LightningModule):
         """A batch without its labels as the backbone takes it: uint8 images normalised, sounds as pictures."""
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "filler", "features")}
         if "features" in batch:  # of the right shape for what is left of the way to the cut
-            blank = self.backbone.example()["pixel_values"].to(self.device)
-            inputs["pixel_values"] = blank.expand(len(batch["features"]), *blank.shape[1:])
+            blank = {name: value.to(self.device) for name, value in self.backbone.example().items()}
+            if self.prepare is not None and self.prepare.gives not in blank:  # of a sound
+                blank = {self.prepare.gives: self.prepare(blank[self.prepare.takes])}
+            inputs |= {name: value.expand(len(batch["features"]), *value.shape[1:]) for name, value in blank.items()}
             return inputs
         if self.prepare is not None:
             inputs[self.prepare.gives] = self.prepare(inputs.pop(self.prepare.takes))

@@ -173,6 +173,18 @@ def test_ast_takes_its_own_features_and_its_stack(ast: Path, sounds: Path, tmp_p
     assert model.config.id2label == {0: "tone0", 1: "tone1", 2: "tone2"}
 
 
+@pytest.mark.parametrize("kind", ["picture", pytest.param("features", marks=pytest.mark.slow)])
+def test_kept_features_of_frozen_layers_change_no_number(kind: str, ast: Path, sounds: Path, tmp_path: Path) -> None:
+    model = TINY if kind == "picture" else ["backbone=hf", f"backbone.name={ast}"]
+    more = line(sounds, "peft=none", "trainer.max_epochs=2", "data.n_train=12", "data.n_test=6")
+    found = []
+    for cached in ("true", "false"):
+        folder = tmp_path / cached
+        assert coeft("train", *model, *more, f"trainer.cache_frozen={cached}", f"run_dir={folder}") == 0
+        found.append(lasting(results(folder)))
+    assert found[0] == found[1]
+
+
 def test_models_and_data_of_other_kinds_do_not_go_together(
     ast: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
