@@ -183,7 +183,7 @@ class TuningModule(L.LightningModule):
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "filler", "features")}
         if "features" in batch:  # of the right shape for what is left of the way to the cut
             blank = {name: value.to(self.device) for name, value in self.backbone.example().items()}
-            if self.prepare is not None and self.prepare.gives not in blank:  # of a sound
+            if self.prepare is not None:
                 blank = {self.prepare.gives: self.prepare(blank[self.prepare.takes])}
             inputs |= {name: value.expand(len(batch["features"]), *value.shape[1:]) for name, value in blank.items()}
             return inputs
