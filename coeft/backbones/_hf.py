@@ -32,7 +32,7 @@ from coeft.attention.site import AttentionSite
 from coeft.backbones import _hf_files as files
 from coeft.backbones._backbone import Backbone
 from coeft.backbones._hf_images import checked_size, preprocessing, way_to_size
-from coeft.backbones._hf_sound import fbank, takes_sound
+from coeft.backbones._hf_sound import check_features, fbank, takes_sound
 from coeft.backbones._hf_source import Source, find_source
 from coeft.config import shorten_home
 from coeft.errors import UserError
@@ -275,6 +275,8 @@ def _loader(config: Any, head: str, settings: HF) -> Any:
         (AutoModelForAudioClassification, auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
     ):
         if loader.__name__ in own or kind in mapping:
+            if loader is AutoModelForAudioClassification:
+                check_features(config, settings.name)
             return loader
     raise UserError(
         f"backbone: transformers has no classifier of texts, images or sound for {settings.name} ({config.model_type})"

@@ -16,12 +16,27 @@ log = logging.getLogger("coeft")
 
 AUDIOSET = {"sampling_rate": 16_000, "mean": -4.2677393, "std": 4.5689974}
 """What ASTFeatureExtractor has where nothing else is said."""
+KNOWN = "audio-spectrogram-transformer"
+"""The only type of transformers' models of sound that coeft has features for."""
 
 
 def takes_sound(model: Any) -> bool:
     """Whether a model takes sound and nothing else."""
     takes = inspect.signature(model.forward).parameters
     return "input_values" in takes and "input_ids" not in takes and "pixel_values" not in takes
+
+
+def check_features(config: Any, name: str) -> None:
+    """Look whether coeft makes what a model of sound takes.
+
+    Raises:
+        UserError: it does not.
+    """
+    if config.model_type != KNOWN:
+        raise UserError(
+            f"backbone: {name} ({config.model_type}) takes sound in a form that coeft does not make; of transformers' "
+            f"models of sound it knows the Audio Spectrogram Transformer ({KNOWN})"
+        )
 
 
 def fbank(model: Any, folder: Path | None) -> Fbank:
@@ -31,12 +46,8 @@ def fbank(model: Any, folder: Path | None) -> Fbank:
         UserError: the model takes other inputs than Kaldi's features, or the file says what coeft does not do.
     """
     config = model.config
-    bands, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
-    if config.model_type != "audio-spectrogram-transformer" or bands is None or frames is None:
-        raise UserError(
-            f"backbone: {type(model).__name__} takes sound in a form that coeft does not make; of transformers' models "
-            "of sound it knows the Audio Spectrogram Transformer (audio-spectrogram-transformer)"
-        )
+    check_features(config, type(model).__name__)
+    bands, frames = config.num_mel_bins, config.max_length
     path = None if folder is None else folder / "preprocessor_config.json"
     tree = dict(AUDIOSET)
     if path is not None and path.is_file():

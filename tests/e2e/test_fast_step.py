@@ -107,6 +107,7 @@ def test_auto_keeps_no_more_than_fits_and_every_image_once(monkeypatch: pytest.M
     assert frozen.Kept(cfg, run.folds).use(run.first, run.folds[0]) is run.folds[0]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the tracing and differentiating parts of torch.compile; the code of a compiler is in the slow test."""
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")

@@ -132,6 +132,7 @@ def test_a_failing_trial_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "all" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_grid_is_covered_once_and_its_front_is_right(tmp_path: Path) -> None:
     run = tmp_path / "run"
     line = [

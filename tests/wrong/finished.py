@@ -220,7 +220,9 @@ ADAPTERS = [
     adapter("with a value out of range", settings("dropout", 7), "coeft.json", "dropout must be in [0, 1)"),
     adapter("with a value that is a mapping", settings("dropout", {"a": 1}), "coeft.json", "dropout must be a number"),
     adapter("with a class of its own", settings("_target_", "os.system"), "coeft.json", "_target_"),
-    adapter("with a method twice", edited(MANIFEST, lambda t: t["stack"].append(t["stack"][0])), "coeft.json", "twice"),
+    adapter(
+        "with a method twice", edited(MANIFEST, lambda t: t["stack"].append(t["stack"][0])), "coeft.json", "its own"
+    ),
     adapter("without a base model", changed(MANIFEST, base_model=...), "coeft.json", "'base_model'"),
     adapter(
         "with shapes that are text",
