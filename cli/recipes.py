@@ -191,6 +191,9 @@ def _misplaced(tree: dict[str, Any], shown: str, path: Path) -> list[str]:
             pick = f"override /{group}: {f'[{name}]' if name else node['kind']}"
             line = line_of(path, f"{key}.kind")
             wrong.append(f"{shown}, line {line}: {key}.kind: pick an option in the defaults list instead: - {pick}")
+    for key in ("suite", "suite_groups"):
+        if key in tree and not isinstance(tree[key], dict):
+            wrong.append(f"{shown}, line {line_of(path, key)}: {key} must be a mapping of names, not {tree[key]!r}")
     if "allow_custom_targets" in tree:
         wrong.append(
             f"{shown}: allow_custom_targets can only be typed on the command line: "

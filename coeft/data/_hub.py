@@ -1,5 +1,6 @@
 """Reading data sets with Hugging Face's `datasets`, also without a network."""
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ def load_hub(
 def _load_local(path: Path, *, config: str | None, cache_dir: str | None) -> Mapping[str, Any]:
     import datasets
 
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it says, the error says too
     try:
         if path.is_file():
             reader = FILE_READERS.get(path.suffix.lower())

@@ -66,8 +66,18 @@ class VTAB(ImageData):
             check_lists(self, required("data.name", self.name, "TASK"), self._chosen())
 
     def _chosen(self) -> dict[str, str | None]:
-        """train, val, test -> list."""
-        return choose_splits(self, list(LISTS), source="VTAB-1k")
+        """train, val, test -> list.
+
+        Raises:
+            UserError: one holds another.
+        """
+        chosen = choose_splits(self, list(LISTS), source="VTAB-1k")
+        if "train800val200" in chosen.values() and {"train800", "val200"} & set(chosen.values()):
+            raise UserError(
+                "data.splits names train800val200 and a part of it: the same images would train and validate; "
+                "with train=train800val200, set data.splits.val=null"
+            )
+        return chosen
 
     def load(self, seed: int, group: str | None = None, *, modality: str = "image", target: str = "class") -> "Source":
         from coeft.data._vtab import from_folder, from_hub
@@ -75,12 +85,6 @@ class VTAB(ImageData):
         name = required("data.name", self.name, "TASK")
         no_groups(self.kind, group)
         chosen = self._chosen()
-        names = [split for split in chosen.values() if split is not None]
-        if "train800val200" in names and ("train800" in names or "val200" in names):
-            raise UserError(
-                "data.splits names train800val200 and a part of it: the same images would train and validate; "
-                "with train=train800val200, set data.splits.val=null"
-            )
         if self.root is not None:
             return from_folder(self, name, chosen)
         return from_hub(self, name, chosen, seed)

@@ -130,7 +130,7 @@ TYPED = [
     train("a balance beyond even", ["data.balance=2"], "data.balance must be in [0, 1]"),
     train("weights of an unknown kind", ["task.class_weight=even"], "task.class_weight", "balanced", "{rose: 2}"),
     train("a weight of no class", ["task.class_weight={ten: 2}"], "task.class_weight", "no class 'ten'"),
-    train("a weight of nothing", ["task.class_weight={1: 0}"], "the weight of 1", "positive number"),
+    train("a weight of nothing", ["task.class_weight={1: 0}"], "the weight of '1'", "positive number"),
     train("a test part of everything", ["data.test_fraction=1"], "data.test_fraction must be in (0, 1)"),
     train("a share and a number", ["data.test_fraction=0.5", "data.n_test=9"], "data.test_fraction and data.n_test"),
     train("a fraction of nothing", ["data.n_train=null", "data.fraction=0"], "data.fraction must be in (0, 1]"),
