@@ -1,6 +1,6 @@
 """Mel spectrograms of batches of waveforms, on whatever device they are."""
 
-import math
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -29,63 +29,25 @@ def front_end(hearing: Hearing) -> "LogMel | KaldiFbank":
     return LogMel(hearing.features, hearing.sample_rate)
 
 
-def hz_to_mel(frequency: np.ndarray, scale: str) -> np.ndarray:
-    """Hertz to mel by a scale: htk (O'Shaughnessy, base 10), kaldi (the same with natural logarithms), slaney
-    (Auditory Toolbox: linear up to 1 kHz, then logarithmic)."""
-    if scale == "htk":
-        return 2595.0 * np.log10(1.0 + frequency / 700.0)
-    if scale == "kaldi":
-        return 1127.0 * np.log(1.0 + frequency / 700.0)
-    above = 15.0 + np.log(np.maximum(frequency, 1000.0) / 1000.0) * (27.0 / math.log(6.4))
-    return np.where(frequency < 1000.0, frequency * 3.0 / 200.0, above)
-
-
-def mel_to_hz(mel: np.ndarray, scale: str) -> np.ndarray:
-    """The inverse of hz_to_mel."""
-    if scale == "htk":
-        return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
-    if scale == "kaldi":
-        return 700.0 * (np.exp(mel / 1127.0) - 1.0)
-    return np.where(mel < 15.0, mel * 200.0 / 3.0, 1000.0 * np.exp((mel - 15.0) * (math.log(6.4) / 27.0)))
-
-
 def mel_filters(
-    bins: int,
-    n_mels: int,
-    f_min: float,
-    f_max: float,
-    sample_rate: int,
-    scale: str,
-    *,
-    norm: str | None = None,
-    in_mel: bool = False,
-) -> np.ndarray:
-    """Triangular filters, float64 (n_mels, bins): the weight of each frequency of a Fourier transform in each band.
+    bins: int, bands: int, f_min: float, f_max: float, sample_rate: int, scale: str, **how: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Triangular filters (bands, bins), the weight of each frequency of a Fourier transform in each band, and the Hz of
+    the middle of each band (bands,); float64, as transformers.audio_utils has them.
 
     Args:
         bins: frequencies of the transform, 0 to half the sample rate.
         f_min, f_max: Hz, where the first band begins and the last one ends.
-        norm: slaney gives every band the same area over frequency; null the same peak, 1.
-        in_mel: sides of the triangles are straight over mel, as Kaldi has them, not over frequency.
+        scale: htk, slaney or kaldi.
+        how: norm and triangularize_in_mel_space of transformers.audio_utils.mel_filter_bank.
     """
-    frequencies = np.linspace(0.0, sample_rate / 2, bins)
-    low, high = hz_to_mel(np.array([f_min, f_max]), scale)
-    corners = np.linspace(low, high, n_mels + 2)
-    hertz = mel_to_hz(corners, scale)
-    places = hz_to_mel(frequencies, scale) if in_mel else frequencies
-    edges = corners if in_mel else hertz
-    rising = (places[None] - edges[:-2, None]) / np.diff(edges)[:-1, None]
-    falling = (edges[2:, None] - places[None]) / np.diff(edges)[1:, None]
-    filters = np.maximum(0.0, np.minimum(rising, falling))
-    if norm == "slaney":
-        filters *= (2.0 / (hertz[2:] - hertz[:-2]))[:, None]
-    return filters
+    from transformers import audio_utils
 
-
-def band_centres(n_mels: int, f_min: float, f_max: float, scale: str) -> np.ndarray:
-    """Hz of the middle of each band, float64 (n_mels,)."""
-    low, high = hz_to_mel(np.array([f_min, f_max]), scale)
-    return mel_to_hz(np.linspace(low, high, n_mels + 2), scale)[1:-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of bands without a frequency, which is for the caller to say
+        filters = audio_utils.mel_filter_bank(bins, bands, f_min, f_max, sample_rate, mel_scale=scale, **how)
+    low, high = (audio_utils.hertz_to_mel(hertz, scale) for hertz in (float(f_min), float(f_max)))
+    return filters.T, audio_utils.mel_to_hertz(np.linspace(low, high, bands + 2), scale)[1:-1]
 
 
 def in_float32(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
@@ -120,7 +82,7 @@ class LogMel(nn.Module):
             )
         if settings.f_min >= top:
             raise UserError(f"data.spectrogram.f_min={settings.f_min:g} Hz must be below {top:g} Hz, where bands end")
-        filters = mel_filters(
+        filters, self.centres = mel_filters(
             settings.n_fft // 2 + 1,
             settings.n_mels,
             settings.f_min,
@@ -134,12 +96,11 @@ class LogMel(nn.Module):
                 f"data.spectrogram: {empty} of n_mels={settings.n_mels} bands are too narrow to hold a frequency of "
                 f"n_fft={settings.n_fft} at {sample_rate} Hz; raise n_fft, or lower n_mels"
             )
-        self.centres = band_centres(settings.n_mels, settings.f_min, top, settings.mel_scale)
         window = torch.hann_window(settings.n_fft, dtype=torch.float64)
         self.scale = float(4.0 / window.sum() ** 2)  # of the power, so that a sine of full scale has 1
         # Facts of the configuration, so no part of any checkpoint.
         self.register_buffer("window", window.float(), persistent=False)
-        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+        self.register_buffer("filters", torch.from_numpy(filters.copy()).float(), persistent=False)
 
     def frames(self, samples: int) -> int:
         """Frames of a clip of so many samples."""
@@ -174,10 +135,11 @@ class KaldiFbank(nn.Module):
         self.length, self.hop = round(0.025 * rate), round(0.010 * rate)
         self.frame_rate = rate / self.hop
         self.n_fft = 1 << (self.length - 1).bit_length()
-        filters = mel_filters(self.n_fft // 2 + 1, settings.bands, 20.0, rate // 2, rate, "kaldi", in_mel=True)
-        self.centres = band_centres(settings.bands, 20.0, rate // 2, "kaldi")
+        filters, self.centres = mel_filters(
+            self.n_fft // 2 + 1, settings.bands, 20, rate // 2, rate, "kaldi", triangularize_in_mel_space=True
+        )
         self.register_buffer("window", torch.hann_window(self.length, periodic=False), persistent=False)
-        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+        self.register_buffer("filters", torch.from_numpy(filters.copy()).float(), persistent=False)
 
     def frames(self, samples: int) -> int:
         """Frames of a clip of so many samples."""
