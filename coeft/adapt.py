@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from coeft.backbones._backbone import Backbone
 from coeft.edits import fold_edits
 from coeft.errors import UserError
+from coeft.modes import evaluating
 from coeft.seeding import kept_generators, reseed
 from coeft.weights import merge_layers
 
@@ -169,17 +170,11 @@ class Stack:
         Raises:
             UserError: a loss is not finite, or the gradients do not tell the weights apart.
         """
-        modes = [(module, module.training) for module in backbone.model.modules()]
-        try:
-            backbone.model.eval()
-            with kept_generators(), torch.enable_grad():
-                for attachment in self.attachments:
-                    if (calibration := attachment.calibration) is not None:
-                        reseed(seed, "calibration", attachment.method)
-                        calibration.run(draw(calibration.batches, calibration.batch_size), loss)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(backbone.model), kept_generators(), torch.enable_grad():
+            for attachment in self.attachments:
+                if (calibration := attachment.calibration) is not None:
+                    reseed(seed, "calibration", attachment.method)
+                    calibration.run(draw(calibration.batches, calibration.batch_size), loss)
         _check_owners(backbone, self.parameters())
 
     def probe(self, backbone: Backbone, inputs: Tensor | Mapping[str, Any]) -> Any:
@@ -263,18 +258,14 @@ def check_called(
     def note(module: nn.Module, args: Any, output: Any) -> None:
         called.add(id(module))
 
-    modes = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_hook(note) for _, _, module in probes]
     try:
-        model.eval()
         # not inference_mode: tensors that a model caches in this forward must serve in training later
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             output = run()
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     silent: dict[str, list[str]] = {}
     for method, place, module in probes:
         if id(module) not in called:

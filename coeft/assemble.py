@@ -22,6 +22,7 @@ from coeft.data._settings import check_text
 from coeft.data._transforms import Augment, Normalize, Transform
 from coeft.data.audio_folder import AudioFolder
 from coeft.errors import UserError
+from coeft.modes import evaluating
 from coeft.module import TuningModule
 from coeft.run import Run
 from coeft.seeding import derive
@@ -200,13 +201,8 @@ def all_take_part(built: Assembled, part: Part) -> bool:
     """Whether the loss of a sample depends on every trained parameter; a model may have one that it does not use."""
     batch, module = part.batch(range(1)), built.module
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    modes = [(each, each.training) for each in module.modules()]
-    try:
-        module.eval()  # the statistics of normalisation layers stay as they are
+    with evaluating(module):  # the statistics of normalisation layers stay as they are
         loss = module.task.loss(module(batch), batch, training=True)
-    finally:
-        for each, training in modes:
-            each.training = training
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return all(gradient is not None for gradient in found)
 

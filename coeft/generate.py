@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coeft.edits import prompting
 from coeft.errors import UserError
+from coeft.modes import evaluating
 from coeft.seeding import reseed
 
 CACHES = ("dynamic", "static", "none")
@@ -141,16 +142,13 @@ def _until(tokens: list[int], stops: Sequence[int]) -> Continuation:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and generation settings that are nothing but transformers' defaults; both put back after."""
     top = cast(Any, model)
-    modes = [(module, module.training) for module in model.modules()]
     before = top.generation_config
     top.generation_config = type(before)() if before is not None else None
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         top.generation_config = before
-        for module, training in modes:
-            module.training = training
 
 
 class _Follower:

@@ -20,6 +20,7 @@ from coeft.adapt import Stack
 from coeft.backbones._backbone import Backbone
 from coeft.data._part import Batch
 from coeft.errors import UserError
+from coeft.modes import evaluating
 
 if TYPE_CHECKING:
     from coeft.module import TuningModule
@@ -147,11 +148,9 @@ def check_forward(module: "TuningModule", batch: Batch) -> None:
     Raises:
         UserError: the model reads frozen weights where they are not gathered.
     """
-    modes = [(each, each.training) for each in module.modules()]
     device = next(module.parameters()).device
     try:
-        module.eval()
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             module({name: value.to(device) for name, value in batch.items()})
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -159,6 +158,3 @@ def check_forward(module: "TuningModule", batch: Batch) -> None:
             f"{WHERE} cannot divide {module.backbone.name}: it reads weights of its blocks outside of them ({reason}); "
             "take ddp"
         ) from error
-    finally:
-        for each, training in modes:
-            each.training = training

@@ -35,6 +35,7 @@ from coeft.attention import hf_fused
 from coeft.attention.mixer import CoeffMixer
 from coeft.attention.site import BOTH_ROUTES, AttentionSite, drop_hooks
 from coeft.errors import UserError
+from coeft.modes import evaluating
 
 log = logging.getLogger("coeft")
 
@@ -297,16 +298,14 @@ def _mistakes(top: nn.Module, calls: list[_Call], names: Mapping[int, str], inpu
 def _probe(top: PreTrainedModel, inputs: Mapping[str, Any]) -> list[_Call]:
     """What a forward asks the interface for, in order."""
     global _probing
-    modes = [(module, module.training) for module in top.modules()]
     before = [(config, config._attn_implementation) for config in _configs(top)]
     _calls.clear()
     _probing = True
     try:
         for config, _ in before:
             config._attn_implementation = PROBE
-        top.eval()
         # not inference_mode: tensors that a model caches in this forward must serve in training later
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(top), torch.no_grad(), torch.random.fork_rng(devices=[]):
             top(**inputs)
         return list(_calls)
     finally:
@@ -314,8 +313,6 @@ def _probe(top: PreTrainedModel, inputs: Mapping[str, Any]) -> list[_Call]:
         _calls.clear()
         for config, name in before:
             config._attn_implementation = name
-        for module, training in modes:
-            module.training = training
 
 
 def _configs(top: nn.Module) -> list[Any]:

@@ -24,6 +24,7 @@ from coeft.errors import UserError
 from coeft.methods._hf_options import CIRCUMSTANCES, configure, first_line
 from coeft.methods._lora import bias_was_joined, stock_targets
 from coeft.methods._weights import attachment
+from coeft.modes import evaluating
 from coeft.targets import weight_targets
 from coeft.weights import Stage, Update, adapt_layer, autocasts, update_dtype
 
@@ -175,7 +176,7 @@ class PeftUpdate(Update):
         weight = self.stand_in.pretrained
         given = None if bias is None else bias.to(self.dtype)
         zeros = torch.zeros(1, 1, weight.shape[1], dtype=self.dtype, device=weight.device)
-        with self._evaluating():
+        with evaluating(self.layer):
             result = self._applied(zeros, weight.detach().to(self.dtype), given)[0, 0]
         if bias is not None:
             return result
@@ -186,7 +187,7 @@ class PeftUpdate(Update):
     def _forwarded(self, before: Tensor) -> Tensor:
         rows = torch.eye(before.shape[1], dtype=before.dtype, device=before.device)
         none = rows.new_zeros(1, len(rows))
-        with self._evaluating():
+        with evaluating(self.layer):
             outputs = self._applied(torch.cat([rows, none])[None], before, None)[0]
         return (outputs[:-1] - outputs[-1:]).T
 
@@ -195,16 +196,6 @@ class PeftUpdate(Update):
         now = _Inputs(lambda given: F.linear(given, weight, bias), lambda: weight.as_subclass(_Live), lambda: bias)
         with self.stand_in.being(now):
             return cast(Tensor, self.layer(x))
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.layer.modules()]
-        self.layer.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def _weight(before: Stage, dtype: torch.dtype) -> Tensor:

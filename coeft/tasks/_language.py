@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coeft.edits import prompting, watched
 from coeft.errors import UserError
+from coeft.modes import evaluating
 
 if TYPE_CHECKING:
     from coeft.backbones._backbone import Backbone
@@ -119,14 +120,9 @@ def check_packing(backbone: Backbone) -> None:
         "input_ids": torch.cat(texts)[None],
         "position_ids": torch.cat([torch.arange(len(text), device=first.device) for text in texts])[None],
     }
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         alone = torch.cat([backbone.forward({"input_ids": text[None]})[0] for text in texts]).float()
         together = backbone.forward(packed)[0].float()
-    finally:
-        for module, training in modes:
-            module.training = training
     noise = min(0.05, 1000 * torch.finfo(first.dtype).eps)  # far below what another text does
     if not torch.allclose(together, alone, rtol=0.0, atol=noise * float(alone.std())):
         raise UserError(
