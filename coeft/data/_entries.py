@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coeft.data._limit import NEEDED, cache_limit, lease, make_room, shrink, size_of, used_now
+from coeft.data._limit import cache_limit, lease, make_room, shrink, size_of, take_in, used_now
 from coeft.errors import UserError
 
 try:
@@ -143,14 +143,7 @@ def _build(entry: Path, fill: Callable[[Path], dict[str, Any]], needed: int) -> 
         folder = make_room(cache_dir(), entry, needed, WHAT[entry.parent.name])
         meta = fill(folder)
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        (folder / NEEDED).unlink()
-        if entry.exists():  # damaged, or made meanwhile on a system without locks
-            shutil.rmtree(entry, ignore_errors=True)
-        try:
-            os.rename(folder, entry)
-        except OSError:
-            if not entry.is_dir():
-                raise
+        take_in(cache_dir(), folder, entry)
         if not needed:
             shrink(cache_dir())
     except OSError as error:

@@ -127,6 +127,23 @@ def make_room(cache: Path, entry: Path, needed: int, what: str) -> Path:
     return folder
 
 
+def take_in(cache: Path, folder: Path, entry: Path) -> None:
+    """Rename a filled folder of `make_room` to its entry, while nobody counts: it would be counted as neither.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    with _alone(cache):
+        if entry.exists():  # damaged, or made meanwhile on a system without locks
+            shutil.rmtree(entry, ignore_errors=True)
+        try:
+            os.rename(folder, entry)
+        except OSError:
+            if not entry.is_dir():
+                raise
+        (entry / NEEDED).unlink(missing_ok=True)
+
+
 def shrink(cache: Path) -> None:
     """Bring the cache below its limit as far as nothing in use has to go: after an entry whose size was not known."""
     with _alone(cache):

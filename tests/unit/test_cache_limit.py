@@ -157,6 +157,21 @@ def test_processes_that_build_at_once_stay_below_the_limit(cache: Path) -> None:
     assert cache_info()["bytes"] <= 100_000 and not [*cache.glob("images/.*/needed")]
 
 
+def test_nobody_counts_while_an_entry_gets_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry("a", 60_000)
+    used(cache, "a", 1000)
+    rename, blocked = os.rename, []
+
+    def slowly(folder: Path, name: Path) -> None:
+        with open(cache / ".limit.lock", "ab") as other:
+            blocked.append(not _limit._taken(other))
+        rename(folder, name)
+
+    monkeypatch.setattr(_limit.os, "rename", slowly)
+    entry("b")
+    assert blocked == [True] and not (cache / "images" / "b" / "needed").exists()
+
+
 def test_what_a_dead_process_was_building_does_not_count(cache: Path) -> None:
     entry("a")
     left = cache / "images" / ".dead.x1"
