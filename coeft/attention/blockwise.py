@@ -23,10 +23,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 20
-"""Entries of a block's maps over all heads, roughly: 4 MB in float32. Of several small items, half as many."""
-MIN_ROWS = 128
-"""Fewer query rows make slow matrix products: for as many a block may grow to 3 * BLOCK entries."""
+BLOCK = {False: 1 << 19, True: 1 << 20}
+"""Entries of a block's maps over all heads, roughly, by whether the inputs are of half precision, where every block
+costs a conversion of what it adds to the gradients of all keys: 2 or 4 MB."""
+MIN_ROWS = {False: 96, True: 128}
+"""Fewer query rows make slow matrix products: for as many a block may grow to LARGEST."""
+LARGEST = 3 << 20
+"""Entries of a block."""
+SEVERAL = 1 << 19
+"""Entries that several small items may have together in a block."""
 FEWEST_ROWS = 16
 PACKED = 1 << 22
 """Entries up to which keys are laid out in both ways, for the scores and for the gradient of the queries."""
@@ -71,7 +76,7 @@ class _Block:
     """The first block of these items."""
     last: bool
     query: Tensor
-    """(b * KV, G * R, E), scaled"""
+    """(b * KV, G * R, E)"""
     maps: Tensor
     """(b, H, R, m), after the softmax"""
     dropped: Tensor
@@ -120,7 +125,7 @@ class _Packed:
         b, heads, M, E = tensor.shape
         self.tensor, self.name, self.buffers, self.transpose = tensor, name, buffers, transpose
         self.shape = (b * heads, M, E)
-        self._rows: Tensor | None = None
+        self._rows: Tensor | None = tensor[0] if b == 1 and not transpose else None
         self._columns: Tensor | None = None
 
     def rows(self, count: int) -> Tensor:
@@ -166,8 +171,8 @@ class _Blocks:
         self.inputs = {"key": key, "value": value}
         B, H, N, _ = query.shape
         self.kv_heads, M = key.shape[1], key.shape[2]
-        self.row_count, self.item_count = _sizes(B, H, N, M)
         self.low = query.dtype in LOW
+        self.row_count, self.item_count = _sizes(B, H, N, M, self.low)
         self.exact = buffer.dtype
         self.keep = 1 - dropout_p
         self.factor = 1 / self.keep if self.keep > 0 else 0.0  # everything is dropped at p = 1
@@ -202,18 +207,17 @@ class _Blocks:
                 rows = slice(r0, min(N, r0 + self.row_count))
                 R = rows.stop - r0
                 m = min(M, rows.stop) if self.is_causal else M
-                query = self.buffer("query", b, H, R, E, dtype=self.query.dtype)
-                torch.mul(self.query[items, :, rows], self.scale, out=query)
+                query = self.rows_of("query", self.query, items, rows)
                 maps = self.buffer("maps", b, H, R, m)
                 first, last = r0 == starts[-1], r0 == 0
-                block = _Block(items, rows, m, first, last, self.grouped(query), maps, maps, None)
+                block = _Block(items, rows, m, first, last, query, maps, maps, None)
                 self._fill(block)
                 yield block
 
     def _fill(self, block: _Block) -> None:
         """Scores, softmax and dropout of a block."""
         maps, m = block.maps, block.keys
-        self.product_into(maps, block.query, self.key.columns(m))
+        self.product_into(maps, block.query, self.key.columns(m), self.scale)
         where = (block.items, slice(None), block.rows)
         if self.is_causal and m > block.rows.start + 1:
             ahead = slice(block.rows.start, m)  # keys before are seen by every row of the block
@@ -236,22 +240,25 @@ class _Blocks:
         """(b, H, R, ...) contiguous -> (b * KV, G * R, ...)."""
         return maps.view(maps.shape[0] * self.kv_heads, -1, maps.shape[-1])
 
-    def upstream(self, grad: Tensor, block: _Block) -> Tensor:
-        """The gradient of the block's rows of the output (B, H, N, D): (b * KV, G * R, D)."""
-        rows = grad[block.items, :, block.rows]
-        return self.grouped(self.buffer("grad", *rows.shape, dtype=grad.dtype).copy_(rows))
+    def rows_of(self, name: str, tensor: Tensor, items: slice, rows: slice) -> Tensor:
+        """A block's rows of a (B, H, N, E): (b * KV, G * R, E), as they lie where one matrix a head allows it."""
+        part = tensor[items, :, rows]
+        if part.shape[:2] == (1, self.kv_heads) and part.stride(-1) == 1:
+            return part[0]
+        return self.grouped(self.buffer(name, *part.shape, dtype=part.dtype).copy_(part))
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """left @ right, batches of matrices, in the buffer `name` and the type of the inputs."""
         out = self.buffer(name, left.shape[0], left.shape[1], right.shape[2], dtype=self.query.dtype)
         return torch.bmm(left, right, out=out)
 
-    def product_into(self, maps: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """left @ right, grouped, into `maps`, (b, H, R, m) in the exact type."""
+    def product_into(self, maps: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+        """factor * left @ right, grouped, into `maps`, (b, H, R, m) in the exact type."""
+        out = self.grouped(maps)
+        target = self.buffer("narrow", *out.shape, dtype=self.query.dtype) if self.low else out
+        torch.baddbmm(target, left, right, beta=0, alpha=factor, out=target)
         if self.low:
-            self.grouped(maps).copy_(self.product("narrow", left, right))
-        else:
-            torch.bmm(left, right, out=self.grouped(maps))
+            out.copy_(target)
         return maps
 
     def narrow(self, maps: Tensor) -> Tensor:
@@ -314,11 +321,11 @@ class _Sum:
         return self._result
 
 
-def _sizes(B: int, H: int, N: int, M: int) -> tuple[int, int]:
+def _sizes(B: int, H: int, N: int, M: int, low: bool) -> tuple[int, int]:
     """Rows and items of a block."""
-    rows = max(BLOCK // (H * M), min(MIN_ROWS, 3 * BLOCK // (H * M)), FEWEST_ROWS)
+    rows = max(BLOCK[low] // (H * M), min(MIN_ROWS[low], LARGEST // (H * M)), FEWEST_ROWS)
     rows = math.ceil(N / math.ceil(N / rows))  # blocks of equal size
-    return rows, min(B, max(1, BLOCK // 2 // (H * rows * M)))
+    return rows, min(B, max(1, SEVERAL // (H * rows * M)))
 
 
 # One opaque operator for the forward and one for the backward: torch.compile takes them as they are.
@@ -371,7 +378,7 @@ def _gradients(needs: list[bool], grad: Tensor, *inputs: Any) -> tuple[Tensor, T
         dk, dv = _Sum(key, blocks, "dk"), _Sum(value, blocks, "dv")
         dcoeff = torch.zeros(coeff.shape, dtype=blocks.exact, device=coeff.device)
         for block in blocks:
-            upstream = blocks.upstream(grad, block)
+            upstream = blocks.rows_of("grad", grad, block.items, block.rows)
             if need_value:
                 dv.add(block, blocks.narrow(blocks.mix(blocks.coeff, block.dropped, "mixed")), upstream)
             if not (need_query or need_key or need_coeff):
@@ -382,15 +389,17 @@ def _gradients(needs: list[bool], grad: Tensor, *inputs: Any) -> tuple[Tensor, T
                 dcoeff += blocks.inner(slope, block.dropped)
             if not (need_query or need_key):
                 continue
-            slope = blocks.mix(blocks.coeff.T, slope, "slope")
+            slope = blocks.mix(blocks.coeff.T * blocks.scale, slope, "slope")
             if block.kept is not None:
                 slope.mul_(block.kept)
             softmax_backward(slope, block.maps, -1, slope.dtype, grad_input=slope)
             scores = blocks.narrow(slope)
             if need_query:
                 rows = dq[block.items, :, block.rows]
-                product = blocks.product("dq", scores, blocks.key.rows(block.keys))
-                torch.mul(product.view(rows.shape), blocks.scale, out=rows)
+                if rows.is_contiguous():
+                    torch.bmm(scores, blocks.key.rows(block.keys), out=blocks.grouped(rows))
+                else:
+                    rows.copy_(blocks.product("dq", scores, blocks.key.rows(block.keys)).view(rows.shape))
             if need_key:
                 dk.add(block, scores, block.query)
     empty = query.new_empty(0), query.new_empty(0), coeff.new_empty(0)

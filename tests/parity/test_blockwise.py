@@ -17,9 +17,11 @@ from coeft.attention.functional import coeff_attention, prefers_blocks
 
 @pytest.fixture(autouse=True, params=[(1 << 20, 128), (60, 2)], ids=["one block", "many blocks"])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "BLOCK", request.param[0])
-    monkeypatch.setattr(blockwise, "MIN_ROWS", request.param[1])
-    if request.param[1] == 2:
+    block, rows = request.param
+    monkeypatch.setattr(blockwise, "BLOCK", dict.fromkeys((False, True), block))
+    monkeypatch.setattr(blockwise, "MIN_ROWS", dict.fromkeys((False, True), rows))
+    monkeypatch.setattr(blockwise, "SEVERAL", block // 2)
+    if rows == 2:
         monkeypatch.setattr(blockwise, "FEWEST_ROWS", 2)
 
 
@@ -131,8 +133,31 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layout", ["joint", "heads first", "transposed", "expanded"])
+def test_every_layout_of_the_inputs_gives_the_same(layout: str, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def made(heads: int) -> Tensor:
+        shapes = {
+            "joint": lambda: torch.randn(2, 7, 3 * heads, 4, generator=generator)[:, :, ::3].transpose(1, 2),
+            "heads first": lambda: torch.randn(2, heads, 7, 4, generator=generator),
+            "transposed": lambda: torch.randn(2, heads, 4, 7, generator=generator).transpose(2, 3),
+            "expanded": lambda: torch.randn(2, 1, 7, 4, generator=generator).expand(2, heads, 7, 4),
+        }
+        return shapes[layout]().double().requires_grad_()
+
+    given = made(4), made(4 // groups), made(4 // groups), torch.randn(4, 4, generator=generator).double()
+    results = []
+    for implementation in ("reference", "blockwise"):
+        out = coeff_attention(*given, enable_gqa=True, implementation=implementation)
+        results.append((out, *torch.autograd.grad(out.square().sum(), given[:3])))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def test_no_tensor_holds_all_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "BLOCK", 256)
+    monkeypatch.setattr(blockwise, "BLOCK", {False: 256})
     given = inputs(1, 4, 2, 96, 96)
     for implementation, least, most in (("reference", 4 * 96 * 96, 4 * 96 * 96), ("blockwise", 0, 4 * 16 * 96)):
         with Largest() as largest:
