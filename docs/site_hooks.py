@@ -8,10 +8,10 @@ from mkdocs.structure.files import File, Files
 from coeft.cli.catalogue import card, options, recipe_file, recipe_names
 
 ROOT = Path(__file__).parent.parent
-METHODS_HEAD = """# Methods
+METHODS_HEAD = """# Cards of the methods
 
 What `peft=` takes, alone or in a stack such as `peft=[coeff,lora]`; `coeft show method NAME` prints the card with the
-settings and their defaults.
+settings and their defaults; [another page](methods.md) compares them.
 
 """
 RECIPES_HEAD = """# Files of the recipes
@@ -24,7 +24,7 @@ The experiments that coeft ships, each with its file, whose header says what was
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is written nowhere by hand."""
-    made = {"methods.md": methods(), "recipe-files.md": recipes(), "contributing.md": contributing()}
+    made = {"method-cards.md": methods(), "recipe-files.md": recipes(), "contributing.md": contributing()}
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files

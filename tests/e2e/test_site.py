@@ -28,7 +28,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_in_the_site(site: Path) -> None:
-    made = {"methods", "recipe-files", "contributing"}
+    made = {"method-cards", "recipe-files", "contributing"}
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} | made
     assert pages == {folder.name for folder in site.iterdir() if (folder / "index.html").is_file()}
 
@@ -48,7 +48,7 @@ def test_the_reference_shows_signatures_and_arguments(site: Path) -> None:
 def test_methods_and_recipes_are_all_listed(site: Path) -> None:
     from coeft.cli.catalogue import options, recipe_names
 
-    methods = (site / "methods" / "index.html").read_text(encoding="utf-8")
+    methods = (site / "method-cards" / "index.html").read_text(encoding="utf-8")
     recipes = (site / "recipes" / "index.html").read_text(encoding="utf-8")
     files = (site / "recipe-files" / "index.html").read_text(encoding="utf-8")
     assert all(f">{name}<" in methods for name in options("peft") if name != "none")
