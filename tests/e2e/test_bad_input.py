@@ -37,9 +37,9 @@ def snapshot(here: Path) -> dict[str, bytes | str]:
 
 
 def rows() -> list[Any]:
-    """Every other row is a quick test, the others are slow ones."""
+    """Every third row is a quick test, the others are slow ones."""
     return [
-        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if place % 2 else [])
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if place % 3 else [])
         for place, case in enumerate(TABLE)
     ]
 

@@ -23,6 +23,7 @@ GLOBAL = ["peft=[lora,sparse,spt]", "peft.lora.rank=2", "peft.sparse.scope=globa
 SMALL = ["peft.spt.rank=1", "peft.spt.density=0.05", "peft.spt.calibration_batch_size=8"]
 
 
+@pytest.mark.slow
 def test_masks_are_chosen_on_the_training_part_of_the_fold_and_come_back_when_a_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

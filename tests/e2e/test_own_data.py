@@ -105,6 +105,7 @@ def test_an_unreadable_file_and_an_empty_class_stop_the_run(root: Path, tmp_path
     assert BROKEN in capsys.readouterr().err and not run.exists()
 
 
+@pytest.mark.slow
 def test_or_are_left_out_and_recorded_by_the_real_command(root: Path, tmp_path: Path) -> None:
     run = tmp_path / "Lauf 1"
     done = command(*LINE, f"data.root={root}", "data.on_error=skip", "cv.folds=2", f"run_dir={run}")

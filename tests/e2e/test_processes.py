@@ -175,6 +175,7 @@ def test_divided_language_models_write_samples(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "samples.jsonl").read_text() == (tmp_path / "two" / "samples.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_resumes(
     one: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +290,7 @@ def test_language_models_weigh_tokens_over_all_processes(tmp_path: Path, form: s
 
 
 @pytest.mark.usefixtures("forked")
+@pytest.mark.slow
 def test_three_processes_with_workers_that_fetch(tmp_path: Path) -> None:
     line = [*LONG, "trainer.max_epochs=2", "data.num_workers=2", "data.batch_size=24", "cv.val_fraction=0.05"]
     assert coeft("train", *line, f"run_dir={tmp_path / 'one'}") == 0

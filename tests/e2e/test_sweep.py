@@ -76,6 +76,7 @@ def test_the_best_trial_is_a_recipe_that_repeats_it(tmp_path: Path, capsys: pyte
     assert "is a sweep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_to_the_same_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +180,7 @@ def test_equal_settings_are_not_run_twice(tmp_path: Path) -> None:
             assert (twin["peft.coeff.dropout"], twin["validation"]) == (row["peft.coeff.dropout"], row["validation"])
 
 
+@pytest.mark.slow
 def test_the_pruner_hears_of_every_epoch_and_fold(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert sweep(run, *LR, "peft=coeff", "sweep.n_trials=2", "sweep.pruner=median", "cv.folds=2") == 0
@@ -211,6 +213,7 @@ def test_a_trial_that_is_worse_is_pruned_in_a_shared_storage(tmp_path: Path) -> 
     assert sweep(tmp_path / "other", "peft=coeff", "sweep.space.optim.lr=[1,2]", f"sweep.storage={url}") == 2
 
 
+@pytest.mark.slow
 def test_several_seeds_a_trial(tmp_path: Path) -> None:
     run = tmp_path / "run"
     # the loss: on few images two seeds may have the same accuracy
@@ -224,6 +227,7 @@ def test_several_seeds_a_trial(tmp_path: Path) -> None:
     assert [lasting(entry) for entry in again] == [lasting(entry) for entry in own]
 
 
+@pytest.mark.slow
 def test_latency_is_an_objective(tmp_path: Path) -> None:
     run = tmp_path / "run"
     line = ["sweep.space.peft=[none,[coeff]]", "sweep.sampler=grid", "sweep.objectives=[latency_ms]"]
