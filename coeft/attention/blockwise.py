@@ -177,10 +177,11 @@ class _Blocks:
         self.keep = 1 - dropout_p
         self.factor = 1 / self.keep if self.keep > 0 else 0.0  # everything is dropped at p = 1
         self.coeff = coeff.to(self.exact) * self.factor
+        self._ahead: Tensor | None = None
         self.generator: torch.Generator | None = None
         if seed is not None:
             self.generator = torch.Generator(query.device).manual_seed(int(seed))
-        self.hidden = self.bias = self.empty = None
+        self.open = self.bias = self.empty = None
         if mask is not None:
             shape = (B, H, N, M)
             closed = ~mask if mask.dtype == torch.bool else mask == -math.inf
@@ -188,7 +189,7 @@ class _Blocks:
             if empty.any():
                 self.empty = empty.expand(B, H, N, 1)
             if mask.dtype == torch.bool:
-                self.hidden = closed.expand(shape)
+                self.open = mask
             else:
                 self.bias = mask.to(self.exact).expand(shape)
 
@@ -220,11 +221,13 @@ class _Blocks:
         self.product_into(maps, block.query, self.key.columns(m), self.scale)
         where = (block.items, slice(None), block.rows)
         if self.is_causal and m > block.rows.start + 1:
-            ahead = slice(block.rows.start, m)  # keys before are seen by every row of the block
-            closed = torch.ones(maps.shape[2], m - block.rows.start, dtype=torch.bool, device=maps.device).triu_(1)
-            maps[..., ahead].masked_fill_(closed, -math.inf)
-        if self.hidden is not None:
-            maps.masked_fill_(self.hidden[where], -math.inf)
+            ahead = maps[..., block.rows.start :]  # keys before are seen by every row of the block
+            torch.minimum(ahead, self._triangle(*ahead.shape[2:]), out=ahead)
+        if self.open is not None:
+            part = self.open[
+                tuple(s if size > 1 else slice(None) for s, size in zip(where, self.open.shape, strict=False))
+            ]
+            torch.minimum(maps, self._ceiling(part), out=maps)
         if self.bias is not None:
             maps.add_(self.bias[where])
         torch.softmax(maps, -1, out=maps)
@@ -233,6 +236,19 @@ class _Blocks:
         if self.generator is not None:
             block.kept = self.buffer("kept", *maps.shape).bernoulli_(self.keep, generator=self.generator)
             block.dropped = torch.mul(maps, block.kept, out=self.buffer("dropped", *maps.shape))
+
+    # Where keys are hidden a minimum takes the place of a fill, which is five times as slow on a CPU.
+
+    def _ceiling(self, open_: Tensor) -> Tensor:
+        """Infinity where a mask is true, minus infinity elsewhere."""
+        return torch.where(open_, math.inf, torch.tensor(-math.inf, dtype=self.exact, device=open_.device))
+
+    def _triangle(self, rows: int, columns: int) -> Tensor:
+        """The ceiling of a causal block, made once for blocks of one size."""
+        if self._ahead is None or self._ahead.shape != (rows, columns):
+            seen = torch.ones(rows, columns, dtype=torch.bool, device=self.query.device).tril_()
+            self._ahead = self._ceiling(seen)
+        return self._ahead
 
     # Products with a block's maps. Heads that share a key head are the rows of one matrix.
 
