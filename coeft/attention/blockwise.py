@@ -37,6 +37,8 @@ PACKED = 1 << 22
 """Entries up to which keys are laid out in both ways, for the scores and for the gradient of the queries."""
 SPARE = 1 << 26
 """Bytes of buffers that are kept from one call to the next on a CPU, which would have to map their memory each time."""
+DRAWS = 1 << 16
+"""Different random numbers of a dropout, whose probability is rounded to a multiple of 1 / DRAWS."""
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -174,8 +176,8 @@ class _Blocks:
         self.low = query.dtype in LOW
         self.row_count, self.item_count = _sizes(B, H, N, M, self.low)
         self.exact = buffer.dtype
-        self.keep = 1 - dropout_p
-        self.factor = 1 / self.keep if self.keep > 0 else 0.0  # everything is dropped at p = 1
+        self.kept = round((1 - dropout_p) * DRAWS)
+        self.factor = DRAWS / self.kept if self.kept else 0.0  # everything is dropped at p = 1
         self.coeff = coeff.to(self.exact) * self.factor
         self._ahead: Tensor | None = None
         self.generator: torch.Generator | None = None
@@ -234,8 +236,15 @@ class _Blocks:
         if self.empty is not None:
             maps.masked_fill_(self.empty[where], 0)
         if self.generator is not None:
-            block.kept = self.buffer("kept", *maps.shape).bernoulli_(self.keep, generator=self.generator)
+            block.kept = self._draw(maps, self.generator)
             block.dropped = torch.mul(maps, block.kept, out=self.buffer("dropped", *maps.shape))
+
+    def _draw(self, maps: Tensor, generator: torch.Generator) -> Tensor:
+        """Ones and zeros of the dropout: four entries a draw of 64 bits, a fifth of the time of bernoulli_ on a CPU."""
+        size = maps.numel()
+        bits = self.buffer("bits", -(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        numbers = bits.view(torch.int16)[:size].view(maps.shape)
+        return torch.le(numbers, max(self.kept, 1) - DRAWS // 2 - 1, out=self.buffer("kept", *maps.shape))
 
     # Where keys are hidden a minimum takes the place of a fill, which is five times as slow on a CPU.
 

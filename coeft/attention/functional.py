@@ -47,7 +47,8 @@ def coeff_attention(
                      any number of times, also for a float mask
         blockwise    exact too, by blocks of query rows: memory linear in the tokens, faster for more than about a
                      hundred; differentiable once; in half precision it rounds between matrix products
-                     (coeft/attention/blockwise.py); its dropout draws another sequence
+                     (coeft/attention/blockwise.py); its dropout draws another sequence, and
+                     rounds the probability to a multiple of 2^-16
         auto         blockwise where it is faster (`prefers_blocks`), unless the mask wants a gradient
 
     Args:
