@@ -1,6 +1,6 @@
-"""Validation accuracy of every PEFT method by its learning rate: where the defaults of conf/peft/*.yaml come from.
+"""Validation accuracy of every PEFT method by its learning rate: where the rates of quickstart/zoo come from.
 
-    python benchmarks/method_rates.py OUT.json [--kinds KIND ...]
+    python benchmarks/method_rates.py OUT.json [--methods NAME ...]
 
 The small ViT of the package on 800 of scikit-learn's digits: 400 to train on, 400 to validate on. Ten epochs, 130
 optimizer steps of 32 images, cosine schedule, the head at 1e-2. A method climbs from the common rate, optim.lr, towards
@@ -24,6 +24,7 @@ SETTING = [
 ]  # fmt: skip
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
 START = RATES.index(3e-3)
+APART = ("hf", "full", "map")  # a bridge, no adapter, and a method that acts on another one's update
 
 
 def accuracy(kind: str, rate: float, folder: Path) -> float:
@@ -60,7 +61,7 @@ def table(methods: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    names = [name for name in methods_by_name() if "kind" in preset(name) and name not in ("hf", "full")]
+    names = [name for name in methods_by_name() if "kind" in preset(name) and name not in APART]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON file of the cells, continued if it exists")
     parser.add_argument("--methods", nargs="+", choices=names, default=names)

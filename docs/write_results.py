@@ -25,12 +25,7 @@ PAPER = {
     "dora": "VL-BART: 77.4 → 77.7",
 }  # fmt: skip
 STARTS = {"coeff": ("residual", "73.49"), "start_identity": ("identity", "61.57"), "start_random": ("random", "44.28")}
-DROPOUTS = {
-    "dropout_0": ("0", "75.1"),
-    "dropout_0.1": ("0.1", "77.3"),
-    "coeff": ("0.2", "77.7"),
-    "dropout_0.4": ("0.4", "72.3"),
-}
+DROPOUT = {"0": "75.1", "0.1": "77.3", "0.2": "77.7", "0.4": "72.3"}
 
 
 def keep(run: Path, name: str) -> None:
@@ -75,6 +70,27 @@ def with_and_without(members: Members) -> list[list[str]]:
     return rows
 
 
+def zoo(members: Members) -> list[list[str]]:
+    """A row per method, the most accurate first."""
+    costs = json.loads((KEPT / "zoo_steps.json").read_text())["members"]
+    titles = ["method", "parameters", "alone", "with coeff", "difference", "step", "kept", "merges"]
+    rows = [titles]
+    for name in sorted((each for each in members if not each.startswith("coeff_")), key=_worst_last(members)):
+        pair = [name, "coeff" if name == "none" else f"coeff_{name}"]
+        there = [each for each in pair if each in members]
+        folds = [members[each]["folds"] for each in there]
+        rows.append([
+            name, f"{members[name]['parameters']:,}", spread(folds[0]), spread(folds[1]) if folds[1:] else "",
+            difference(*folds) if folds[1:] else "", " / ".join(f"{costs[each]['step']:.2f}" for each in there),
+            " / ".join(f"{costs[each]['kept_mib']:.1f}" for each in there), "yes" if costs[name]["merges"] else "no",
+        ])  # fmt: skip
+    return rows
+
+
+def _worst_last(members: Members) -> Callable[[str], float]:
+    return lambda name: -mean(members[name]["folds"])
+
+
 def variants(title: str, named: Mapping[str, tuple[str, str]]) -> Rows:
     """A table of variants of coeff; `named` gives each member's own name and the paper's figure."""
 
@@ -86,11 +102,20 @@ def variants(title: str, named: Mapping[str, tuple[str, str]]) -> Rows:
     return rows
 
 
+def dropouts(default: str) -> dict[str, tuple[str, str]]:
+    """The variants of dropout, of which the suite's default is the member coeff."""
+    return {"coeff" if text == default else f"dropout_{text}": (text, paper) for text, paper in DROPOUT.items()}
+
+
 COEFF = "coeff-tuning.md"
 TABLES: dict[str, tuple[str, str, Rows]] = {
     "ablation": (COEFF, "ablation", with_and_without),
     "starts": (COEFF, "ablation", variants("start of α", STARTS)),
-    "dropout": (COEFF, "ablation", variants("dropout on α", DROPOUTS)),
+    "dropout": (COEFF, "ablation", variants("dropout on α", dropouts("0.2"))),
+    "ablation_text": (COEFF, "ablation_text", with_and_without),
+    "starts_text": (COEFF, "ablation_text", variants("start of α", STARTS)),
+    "dropout_text": (COEFF, "ablation_text", variants("dropout on α", dropouts("0"))),
+    "zoo": ("methods.md", "zoo", zoo),
 }
 """Name of a table -> its page, the file of its figures, and its rows, the titles first."""
 
