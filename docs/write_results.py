@@ -41,7 +41,7 @@ def keep(run: Path, name: str) -> None:
         kept = found.setdefault(re.sub(r"-seed_\d+$", "", member), {"parameters": row["adapter_params"], "folds": []})
         kept["folds"] += [round(fold["value"], 6) for fold in results["folds"]]
     environment = json.loads((run / next(iter(suite["members"])) / "environment.json").read_text())
-    versions = {key: environment["versions"][key] for key in ("coeft", "torch", "timm")}
+    versions = {key: environment["versions"][key] for key in ("coeft", "torch", "timm", "transformers")}
     KEPT.mkdir(exist_ok=True)
     content = {"recipe": suite["recipe"], "metric": row["metric"], "versions": versions, "members": found}
     (KEPT / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -55,7 +55,8 @@ def spread(values: list[float]) -> str:
 def difference(one: list[float], other: list[float]) -> str:
     """Mean ± standard deviation of the differences, fold by fold."""
     paired = [b - a for a, b in zip(one, other, strict=True)]
-    return f"{mean(paired):+.4f} ± {stdev(paired):.4f}".replace("-", "−")
+    middle = round(mean(paired), 4) + 0.0  # no minus before a zero
+    return f"{middle:+.4f} ± {stdev(paired):.4f}".replace("-", "−")
 
 
 def with_and_without(members: Members) -> list[list[str]]:
@@ -115,7 +116,6 @@ TABLES: dict[str, tuple[str, str, Rows]] = {
     "ablation_text": (COEFF, "ablation_text", with_and_without),
     "starts_text": (COEFF, "ablation_text", variants("start of α", STARTS)),
     "dropout_text": (COEFF, "ablation_text", variants("dropout on α", dropouts("0"))),
-    "zoo": ("methods.md", "zoo", zoo),
 }
 """Name of a table -> its page, the file of its figures, and its rows, the titles first."""
 
