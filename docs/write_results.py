@@ -80,10 +80,11 @@ def zoo(members: Members) -> list[list[str]]:
         pair = [name, "coeff" if name == "none" else f"coeff_{name}"]
         there = [each for each in pair if each in members]
         folds = [members[each]["folds"] for each in there]
+        merges = ("yes" if costs[name]["merges"] else "no") if members[name]["parameters"] else ""
         rows.append([
             name, f"{members[name]['parameters']:,}", spread(folds[0]), spread(folds[1]) if folds[1:] else "",
             difference(*folds) if folds[1:] else "", " / ".join(f"{costs[each]['step']:.2f}" for each in there),
-            " / ".join(f"{costs[each]['kept_mib']:.1f}" for each in there), "yes" if costs[name]["merges"] else "no",
+            " / ".join(f"{costs[each]['kept_mib']:.1f}" for each in there), merges,
         ])  # fmt: skip
     return rows
 
@@ -115,6 +116,7 @@ TABLES: dict[str, tuple[str, str, Rows]] = {
     "dropout": (COEFF, "ablation", variants("dropout on α", dropouts("0.2"))),
     "ablation_text": (COEFF, "ablation_text", with_and_without),
     "starts_text": (COEFF, "ablation_text", variants("start of α", STARTS)),
+    "zoo": ("methods.md", "zoo", zoo),
     "dropout_text": (COEFF, "ablation_text", variants("dropout on α", dropouts("0"))),
 }
 """Name of a table -> its page, the file of its figures, and its rows, the titles first."""
