@@ -40,14 +40,14 @@ REFERENCE_UP_TO = 2048
 """Tokens; beyond, the reference's maps do not fit in memory beside each other."""
 
 
-def steps(shape: tuple, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def steps(shape: tuple, dtype: torch.dtype, dropout: float = 0.0) -> dict[str, Callable[[], object]]:
     """One forward + backward of each form, with inputs laid out as a model's joint projection."""
     B, H, KV, N, E, causal = shape
     joint = torch.randn(B, N, H + 2 * KV, E, generator=torch.Generator().manual_seed(0)).to(dtype)
     q, k, v = (t.transpose(1, 2).detach().requires_grad_() for t in joint.split((H, KV, KV), 2))
     coeff = (torch.eye(H) + 0.05 * torch.randn(H, H)).requires_grad_()
     grad = torch.randn(B, H, N, E).to(dtype)
-    options = {"is_causal": causal, "enable_gqa": KV != H}
+    options = {"is_causal": causal, "enable_gqa": KV != H, "dropout_p": dropout}
 
     def step(call: Callable[[], Tensor], *inputs: Tensor) -> Callable[[], object]:
         return lambda: torch.autograd.grad(call(), inputs, grad)
@@ -100,7 +100,7 @@ def alone_here(form: Callable[[], object], clock: Callable[[], float]) -> tuple[
 def alone(shape: tuple, dtype: str, form: str, given: argparse.Namespace) -> tuple[float, float]:
     """MiB and seconds of one run in a fresh process."""
     line = [sys.executable, __file__, "--alone", json.dumps([shape, dtype, form])]
-    line += ["--threads", str(given.threads), "--clock", given.clock]
+    line += ["--threads", str(given.threads), "--clock", given.clock, "--dropout", str(given.dropout)]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     grown, took = done.stdout.split()
     return int(grown) / 2**20, float(took)
@@ -115,7 +115,7 @@ def measure(shape: tuple, dtype: str, given: argparse.Namespace) -> dict:
         for name in names:
             memory[name], times[name] = alone(shape, dtype, name, given)
     if tokens <= REFERENCE_UP_TO:
-        times = seconds(steps(shape, getattr(torch, dtype)), given.repeats, CLOCKS[given.clock])
+        times = seconds(steps(shape, getattr(torch, dtype), given.dropout), given.repeats, CLOCKS[given.clock])
     return {"shape": shape, "dtype": dtype, "seconds": times, "peak_mib": memory}
 
 
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu only with one thread")
     parser.add_argument("--shapes", default="small,vit,long,causal", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--dropout", type=float, default=0.0, help="probability of dropping an entry of a map")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -176,7 +177,7 @@ def main() -> None:
         shape, dtype, form = json.loads(given.alone)
         B, H, KV, _, E, causal = shape
         steps((1, H, KV, 8, E, causal), getattr(torch, dtype))[form]()  # what only the first call of a form allocates
-        print(*alone_here(steps(tuple(shape), getattr(torch, dtype))[form], CLOCKS[given.clock]))
+        print(*alone_here(steps(tuple(shape), getattr(torch, dtype), given.dropout)[form], CLOCKS[given.clock]))
         return
     rows: dict[str, list[dict]] = {"shapes": [], "growth": []}
     for dtype in given.dtypes.split(","):

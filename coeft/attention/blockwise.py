@@ -176,8 +176,8 @@ class _Blocks:
         self.low = query.dtype in LOW
         self.row_count, self.item_count = _sizes(B, H, N, M, self.low)
         self.exact = buffer.dtype
-        self.kept = round((1 - dropout_p) * DRAWS)
-        self.factor = DRAWS / self.kept if self.kept else 0.0  # everything is dropped at p = 1
+        self.keep = round((1 - dropout_p) * DRAWS)
+        self.factor = DRAWS / self.keep if self.keep else 0.0  # everything is dropped at p = 1
         self.coeff = coeff.to(self.exact) * self.factor
         self._ahead: Tensor | None = None
         self.generator: torch.Generator | None = None
@@ -244,7 +244,7 @@ class _Blocks:
         size = maps.numel()
         bits = self.buffer("bits", -(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
         numbers = bits.view(torch.int16)[:size].view(maps.shape)
-        return torch.le(numbers, max(self.kept, 1) - DRAWS // 2 - 1, out=self.buffer("kept", *maps.shape))
+        return torch.le(numbers, max(self.keep, 1) - DRAWS // 2 - 1, out=self.buffer("kept", *maps.shape))
 
     # Where keys are hidden a minimum takes the place of a fill, which is five times as slow on a CPU.
 
@@ -402,6 +402,7 @@ def _gradients(needs: list[bool], grad: Tensor, *inputs: Any) -> tuple[Tensor, T
         dq = query.new_empty(query.shape if need_query else 0)
         dk, dv = _Sum(key, blocks, "dk"), _Sum(value, blocks, "dv")
         dcoeff = torch.zeros(coeff.shape, dtype=blocks.exact, device=coeff.device)
+        back = blocks.coeff.T * blocks.scale  # the scale of the scores belongs to the gradients of queries and keys
         for block in blocks:
             upstream = blocks.rows_of("grad", grad, block.items, block.rows)
             if need_value:
@@ -414,7 +415,7 @@ def _gradients(needs: list[bool], grad: Tensor, *inputs: Any) -> tuple[Tensor, T
                 dcoeff += blocks.inner(slope, block.dropped)
             if not (need_query or need_key):
                 continue
-            slope = blocks.mix(blocks.coeff.T * blocks.scale, slope, "slope")
+            slope = blocks.mix(back, slope, "slope")
             if block.kept is not None:
                 slope.mul_(block.kept)
             softmax_backward(slope, block.maps, -1, slope.dtype, grad_input=slope)
